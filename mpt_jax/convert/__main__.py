@@ -2,6 +2,7 @@
 
     mpt-jax convert runs/backbones/t5-base runs/backbones/t5x --to t5x
     mpt-jax convert gs://bucket/t5_1_1_base/checkpoint_1000000 t5_1_1_base --config t5_1_1_base
+    mpt-jax convert runs/backbones/clip-vit-b16 runs/backbones/clip --to open-clip
     mpt-jax convert runs/mpt_source/artifact adapter --to peft
     mpt-jax convert adapter artifact --backbone runs/backbones/t5-base
 
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
-from mpt_jax.convert import backbones, detect, prompts
+from mpt_jax.convert import backbones, clip_backbones, detect, prompts
 from mpt_jax.runtime.exits import exit_with
 
 
@@ -28,8 +29,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     source, target = epath.Path(args.source), epath.Path(args.target)
     try:
         source_format = detect.recognize(source)
-        to = args.to or detect.USUAL_TARGET[source_format]
-        if source_format in detect.BACKBONES and to in detect.BACKBONES:
+        clip = source_format in detect.CLIP_FORMATS and detect.is_clip(source)
+        formats = detect.CLIP_FORMATS if clip else detect.T5_FORMATS
+        usual = detect.OPEN_CLIP if clip and source_format == detect.HF else None
+        to = args.to or usual or detect.USUAL_TARGET[source_format]
+        if clip and to in formats:
+            _reject_options(args, ("config", "backbone", "runs"), "of a T5 or of prompts")
+            written = clip_backbones.convert(
+                *(source, target, to), dtype=args.dtype, outputs=not args.no_logits
+            )
+        elif source_format in formats and to in formats:
             _reject_options(args, ("backbone", "runs"), "into an artifact")
             written = backbones.convert(
                 *(source, target, to),
@@ -53,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             raise ValueError(
                 f"{source} has format {source_format!r} and cannot be converted to {to!r}. Set "
-                f"--to to a supported format: {', '.join(detect.BACKBONES)} for a backbone; "
+                f"--to to a supported format: {', '.join(formats)} for a backbone; "
                 f"{', '.join(detect.PROMPTS[1:])} for an artifact; {detect.ARTIFACT} for other "
                 "prompts."
             )
@@ -72,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to",
         choices=(*detect.BACKBONES, *detect.PROMPTS),
-        help="default: hf to t5x, t5x to hf, an artifact to peft, prompts to an artifact",
+        help="default: hf to t5x or, of a CLIP, to open-clip; t5x and open-clip to hf; an artifact "
+        "to peft; prompts to an artifact",
     )
     of_backbones = parser.add_argument_group("backbones")
     of_backbones.add_argument(

@@ -1,4 +1,4 @@
-"""Conversion of a backbone to another format. The output is read back and compared before it is
+"""Conversion of a T5 to another format. The output is read back and compared before it is
 moved to the target folder."""
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def convert(
     shape, params = read(source, config, say)
     before = parity.forward(shape, params)["logits"] if logits else None
     if dtype is not None:
-        params = _cast(params, dtype)  # frees the parameters of full precision
+        params = cast(params, dtype)  # frees the parameters of full precision
     with new_folder(target) as scratch:
         folder = scratch / inside
         folder.mkdir(exist_ok=True)
@@ -139,7 +139,8 @@ def convert(
     return target / inside
 
 
-def _cast(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def cast(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns the parameters as NumPy arrays of a dtype."""
     return unflatten(
         {name: np.asarray(x).astype(jnp.dtype(dtype)) for name, x in flatten(params).items()}
     )

@@ -186,23 +186,38 @@ def save_clip(
         ValueError: the parameters do not match the configuration, or Hugging Face's CLIP does not
             support the configuration.
     """
-    tensors = _tensors(params, config, names.hf_table(config))
     with new_folder(path) as scratch:
-        _write_json(scratch / hf_config.CONFIG, hf_config.fields_of(config))
-        _write_json(scratch / hf_config.PREPROCESSOR, hf_config.preprocessor_fields_of(config))
-        write_tensors(scratch, tensors, max_shard_bytes)
+        write_clip(scratch, params, config, max_shard_bytes)
     return epath.Path(path)
+
+
+def write_clip(
+    folder: epath.Path,
+    params: Mapping[str, Any],
+    config: CLIPConfig,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the files of `save_clip` into an existing, empty folder, and raises as it does."""
+    tensors = _tensors(params, config, names.hf_table(config))
+    _write_json(folder / hf_config.CONFIG, hf_config.fields_of(config))
+    _write_json(folder / hf_config.PREPROCESSOR, hf_config.preprocessor_fields_of(config))
+    write_tensors(folder, tensors, max_shard_bytes)
 
 
 def save_open_clip(
     path: str | os.PathLike[str], params: Mapping[str, Any], config: CLIPConfig
 ) -> epath.Path:
     """Writes a CLIP as a folder that open_clip loads; see `save_clip`."""
-    tensors = _tensors(params, config, names.open_clip_table(config))
     with new_folder(path) as scratch:
-        _write_json(scratch / open_clip_config.CONFIG, open_clip_config.fields_of(config))
-        write_file(scratch / OPEN_CLIP_WEIGHTS, tensors, tensors)
+        write_open_clip(scratch, params, config)
     return epath.Path(path)
+
+
+def write_open_clip(folder: epath.Path, params: Mapping[str, Any], config: CLIPConfig) -> None:
+    """Writes the files of `save_open_clip` into an existing, empty folder."""
+    tensors = _tensors(params, config, names.open_clip_table(config))
+    _write_json(folder / open_clip_config.CONFIG, open_clip_config.fields_of(config))
+    write_file(folder / OPEN_CLIP_WEIGHTS, tensors, tensors)
 
 
 def _tensors(

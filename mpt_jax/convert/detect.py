@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from etils import epath
 
+from mpt_jax.backbones.clip import hf_config, open_clip_config
 from mpt_jax.convert import peft
 from mpt_jax.convert.t5x import only_checkpoint
+from mpt_jax.runtime.files import read_json
 
-HF, T5X, ORBAX = "hf", "t5x", "orbax"
+HF, T5X, ORBAX, OPEN_CLIP = "hf", "t5x", "orbax", "open-clip"
 ARTIFACT, PEFT, PEFT_FOLDED = "artifact", "peft", "peft-folded"
 NPY, SAFETENSORS = "npy", "safetensors"
-BACKBONES = (HF, T5X, ORBAX)
+T5_FORMATS = (HF, T5X, ORBAX)
+CLIP_FORMATS = (HF, OPEN_CLIP)
+BACKBONES = (*T5_FORMATS, OPEN_CLIP)
 PROMPTS = (ARTIFACT, PEFT, PEFT_FOLDED, NPY, SAFETENSORS)
-# The default of --to.
+# The default of --to, except that a CLIP in a Hugging Face folder is written for open_clip.
 USUAL_TARGET = {
     HF: T5X,
     T5X: HF,
+    OPEN_CLIP: HF,
     ARTIFACT: PEFT,
     PEFT: ARTIFACT,
     NPY: ARTIFACT,
@@ -43,6 +48,8 @@ def recognize(path: epath.Path) -> str:
         return PEFT
     if "config.json" in names:
         return HF
+    if open_clip_config.CONFIG in names:
+        return OPEN_CLIP
     if names & {"checkpoint", "state", "_METADATA"}:
         return T5X
     if adapters(path):
@@ -53,9 +60,21 @@ def recognize(path: epath.Path) -> str:
     if steps:
         hint = f"Use the path of one of the checkpoints in it: {', '.join(steps)}."
     raise FileNotFoundError(
-        f"{path} is not a Hugging Face folder, T5X checkpoint, prompt artifact or PEFT adapter; it "
-        f"holds {found}. {hint}"
+        f"{path} is not a Hugging Face or open_clip folder, T5X checkpoint, prompt artifact or "
+        f"PEFT adapter; it holds {found}. {hint}"
     )
+
+
+def is_clip(path: epath.Path) -> bool:
+    """Whether a folder holds a CLIP or a plain ViT, by its configuration file.
+
+    Raises:
+        ValueError: its `config.json` is not a JSON object.
+    """
+    config = path / hf_config.CONFIG
+    if config.exists():
+        return read_json(config).get("model_type") in list(hf_config.MODEL_TYPES)
+    return (path / open_clip_config.CONFIG).exists()
 
 
 def _of_file(path: epath.Path) -> str:

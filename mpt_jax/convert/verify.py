@@ -1,12 +1,12 @@
-"""`mpt-jax verify-weights FOLDER`: compares our network with transformers' on the same weights.
+"""`mpt-jax verify-weights FOLDER`: compares our T5 or CLIP with transformers' on the same weights.
 
     mpt-jax verify-weights runs/backbones/t5-base
     mpt-jax verify-weights runs/backbones/t5x/checkpoint_0 --config t5_1_1_base
 
-Both networks run in float32 on a fixed padded batch with targets; transformers' also runs in
-float64, with the same float32 weights. The float64 outputs are the reference. The exit code is 0 if
-our error is at most 4 times that of transformers in float32 (plus float32's rounding error), 1 if
-it is larger, and 2 if the comparison cannot be made.
+Both networks run in float32 on a fixed batch; transformers' also runs in float64, with the same
+float32 weights. The float64 outputs are the reference. The exit code is 0 if our error is at most 4
+times that of transformers in float32 (plus float32's rounding error), 1 if it is larger, and 2 if
+the comparison cannot be made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,8 @@ from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config
 from mpt_jax.backbones.t5.hf_config import CONFIG
-from mpt_jax.convert import backbones, parity, save_hf
+from mpt_jax.convert import backbones, clip_parity, detect, parity, save_hf
+from mpt_jax.convert.clip import load_clip, read_clip_config, save_clip
 from mpt_jax.runtime.exits import exit_with
 from mpt_jax.runtime.files import is_local, read_json
 
@@ -34,6 +35,9 @@ from mpt_jax.runtime.files import is_local, read_json
 # grow with the scale and the depth of a model. An absolute tolerance would fail good large models.
 TOLERANCE = 4.0
 FLOOR = float(np.finfo(np.float32).eps)  # times the scale: one rounding of the largest value
+
+
+Outputs = dict[str, np.ndarray]
 
 
 class Difference(NamedTuple):
@@ -67,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="mpt-jax verify-weights",
         description="Compares our network with transformers' on the same weights.",
     )
-    parser.add_argument("folder", help="a Hugging Face folder or a T5X checkpoint")
+    parser.add_argument(
+        "folder", help="a Hugging Face folder, an open_clip folder or a T5X checkpoint"
+    )
     parser.add_argument(
         "--config", help="a name such as t5_1_1_base, or a config.json, if the folder has none"
     )
@@ -94,7 +100,8 @@ def compare(folder: epath.Path, config: str | None) -> dict[str, Difference]:
     """Compares our network with transformers' on the same weights.
 
     Returns:
-        The differences of the hidden states (`encoder`, `decoder`) and of the `logits`.
+        The differences of the hidden states (`encoder`, `decoder`) and of the `logits`; of a CLIP,
+        those of the features (`image`, `text`).
 
     Raises:
         ValueError: torch or transformers is not installed, the weights cannot be read, or Hugging
@@ -102,8 +109,29 @@ def compare(folder: epath.Path, config: str | None) -> dict[str, Difference]:
         FileNotFoundError: the folder does not exist or has no weights.
     """
     torch, transformers = _oracle()
+    if detect.is_clip(folder):
+        if config is not None:
+            raise ValueError(
+                f"--config is only for a T5, but {folder} holds a CLIP. Remove the option."
+            )
+        outputs, single, double = _of_clip(torch, transformers, folder)
+    else:
+        outputs, single, double = _of_t5(torch, transformers, folder, config)
+    return {
+        name: Difference(
+            parity.largest_difference(ours, double[name]),
+            parity.largest_difference(single[name], double[name]),
+            parity.largest_difference(ours, single[name]),
+            float(np.max(np.abs(double[name]))),
+        )
+        for name, ours in outputs.items()
+    }
+
+
+def _of_t5(torch: Any, transformers: Any, folder: epath.Path, config: str | None) -> list[Outputs]:
+    """Returns the outputs of our T5, and of transformers' in float32 and in float64."""
     shape, params = backbones.read(folder, config)
-    outputs = parity.forward(shape, params)
+    ours = parity.forward(shape, params)
     with tempfile.TemporaryDirectory() as scratch:
         # transformers reads the files of a Hugging Face folder, or a folder that is saved here.
         hf_folder = os.path.join(scratch, "hf")
@@ -114,18 +142,30 @@ def compare(folder: epath.Path, config: str | None) -> dict[str, Difference]:
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             hf_folder, dtype=torch.float32, trust_remote_code=False
         )
-        single = _outputs(torch, model.eval(), shape)
         # Even so, transformers computes softmax and the layer norms' variances in float32.
-        double = _outputs(torch, model.double(), shape)
-    return {
-        name: Difference(
-            parity.largest_difference(ours, double[name]),
-            parity.largest_difference(single[name], double[name]),
-            parity.largest_difference(ours, single[name]),
-            float(np.max(np.abs(double[name]))),
-        )
-        for name, ours in outputs.items()
-    }
+        return [ours, *(_outputs(torch, x, shape) for x in _in_both(model))]
+
+
+def _of_clip(torch: Any, transformers: Any, folder: epath.Path) -> list[Outputs]:
+    """Returns the features of our CLIP or ViT, and of transformers' in float32 and in float64."""
+    config, params = read_clip_config(folder), load_clip(folder)
+    ours = clip_parity.forward(config, params)
+    with tempfile.TemporaryDirectory() as scratch:
+        hf_folder = os.path.join(scratch, "hf")
+        if is_local(folder) and (folder / CONFIG).exists():
+            _link(folder, hf_folder)
+        else:
+            save_clip(hf_folder, params, config)
+        name = "ViTModel" if config.text is None else "CLIPModel"
+        model = getattr(transformers, name).from_pretrained(hf_folder, dtype=torch.float32)
+        theirs = (clip_parity.hugging_face(torch, x, config) for x in _in_both(model))
+        return [ours, *theirs]
+
+
+def _in_both(model: Any) -> Iterator[Any]:
+    """Yields a model in float32, then in float64."""
+    yield model.eval()
+    yield model.double()
 
 
 def _oracle() -> tuple[Any, Any]:

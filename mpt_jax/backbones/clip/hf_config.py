@@ -37,6 +37,8 @@ ACTIVATIONS = {
 _ADVICE = "Use a folder that CLIPModel.save_pretrained or ViTModel.save_pretrained wrote."
 _BICUBIC = 3  # Pillow's number
 _ONE_TOWER = {"clip_vision_model": "image", "clip_text_model": "text"}
+# Including those that are an error, so that the error is about a CLIP.
+MODEL_TYPES = (CLIP_TYPE, VIT_TYPE, *_ONE_TOWER)
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=MOST_LAYERS)]
