@@ -99,10 +99,11 @@ class ImageEncoder(nn.Module):
 
 def _check_images(images: jax.Array, config: CLIPConfig) -> None:
     size = config.image.image_size
-    if images.shape[1:3] != (size, size):
+    if images.shape[1:] != (size, size, CHANNELS):
         raise ValueError(
-            f"The images have {images.shape[1]} x {images.shape[2]} pixels, but the image tower "
-            f"has positions for {size} x {size}. Resize and crop the images to {size} pixels."
+            f"The images have the shape {' x '.join(map(str, images.shape[1:]))}, but the image "
+            f"tower needs {size} x {size} x {CHANNELS}. Resize and crop the images to {size} "
+            "pixels, and convert them to RGB."
         )
 
 
