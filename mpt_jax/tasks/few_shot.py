@@ -25,6 +25,8 @@ the permutation (`splits.PartsSource.positions`). For other tasks, it is the ord
 source yields rows without shuffling.
 
 k counts rows of the data set, not examples: a row of ReCoRD becomes one example per answer.
+
+Image tasks have the same names, but their images are drawn by a hash: see `image_few_shot`.
 """
 
 from __future__ import annotations
@@ -336,12 +338,15 @@ def register_run(name: str) -> bool:
     task = seqio.TaskRegistry.get(asked.task)
     if isinstance(task.source, FewShotSource):
         return False
+    draw = dataclasses.replace(asked, task=getattr(task, _DRAWN_AS, asked.task))
+    if hasattr(task.source, "few_shot"):  # images, see image_few_shot
+        _add(name, task, task.source.few_shot(task, draw))
+        return True
     if asked.per_class and not evaluator.labels_of(task):
         raise ValueError(
             f"{name} asks for {asked.k} rows of each label, but task {asked.task} has no labels. "
             f"Use {dataclasses.replace(asked, per_class=False).name} to draw from all rows."
         )
-    draw = dataclasses.replace(asked, task=getattr(task, _DRAWN_AS, asked.task))
     for split in draw.splits:
         if (published := task.source.num_input_examples(split)) is not None:
             _check(asked, split, published)

@@ -1,0 +1,136 @@
+"""Source of images in arrays, in memory or in an NPZ file."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from etils import epath
+
+from mpt_jax.tasks.image_files import ORDER, Listing
+from mpt_jax.tasks.image_sources import Index, ListedImages, check_classes
+
+MOST_BYTES = 2**33  # of the arrays in an NPZ file
+
+
+class ArrayImages(ListedImages):
+    """Source of images in arrays, which are encoded as PNG files at first use.
+
+    Args:
+        data: Split -> (images uint8 [n, h, w, 3 or 1] or [n, h, w], labels int [n], or bool [n, C]
+            with `multi_label`); or the path of an NPZ file with the arrays `<split>_images` and
+            `<split>_labels`.
+        classes: The class names in label order.
+        multi_label: Whether an image may have any number of classes.
+    """
+
+    def __init__(
+        self,
+        data: Mapping[str, tuple[Any, Any]] | str | os.PathLike[str],
+        classes: Sequence[str],
+        multi_label: bool = False,
+    ):
+        super().__init__((), multi_label)
+        self.data, self.classes = data, tuple(classes)
+
+    def __str__(self) -> str:
+        return "arrays" if isinstance(self.data, Mapping) else str(self.data)
+
+    def load(self, item: tf.Tensor) -> tf.Tensor:
+        """Returns `item`, which is an encoded image."""
+        return item
+
+    def read_listing(self) -> Listing:
+        """Encodes the arrays; see `ListedImages.read_listing`.
+
+        Raises:
+            FileNotFoundError: the NPZ file does not exist.
+            ValueError: an array has another shape or type, a label is out of range, or a class has
+                no image.
+        """
+        data = self.data if isinstance(self.data, Mapping) else _read_npz(epath.Path(self.data))
+        listed: dict[str, tuple[Index, Sequence[Any]]] = {}
+        for split in [x for x in ORDER if x in data] or [None]:
+            if split is None or set(data) - set(ORDER):
+                raise ValueError(
+                    f"{self} has the splits {', '.join(map(repr, data)) or 'none'}, but only "
+                    f"{', '.join(ORDER)} are known. Rename the splits."
+                )
+            images = _checked_images(data[split][0], f"{self}, {split}")
+            labels = self._checked_labels(data[split][1], len(images), f"{self}, {split}")
+            ids = tuple(f"{split}/{i}" for i in range(len(images)))
+            encoded = [tf.io.encode_png(image).numpy() for image in images]
+            listed[split] = Index(ids, labels), encoded
+        check_classes(self, self.classes, [index for index, _ in listed.values()])
+        return self.classes, listed
+
+    def _checked_labels(self, given: Any, size: int, what: str) -> tuple[tuple[int, ...], ...]:
+        labels, number = np.asarray(given), len(self.classes)
+        shape = (size, number) if self.multi_label else (size,)
+        kinds = "b" if self.multi_label else "iu"
+        if labels.shape != shape or labels.dtype.kind not in kinds:
+            kind = "booleans" if self.multi_label else "integers"
+            raise ValueError(
+                f"{what}: labels are {labels.dtype} {list(labels.shape)}, but {kind} of shape "
+                f"{list(shape)} were expected. Pass one label for each image, or set multi_label."
+            )
+        if self.multi_label:
+            return tuple(tuple(np.flatnonzero(row).tolist()) for row in labels)
+        if outside := [x for x in labels.tolist() if not 0 <= x < number]:
+            raise ValueError(
+                f"{what}: {len(outside):,} of {size:,} labels are out of range, such as "
+                f"{outside[0]}; there are {number} classes. Use labels from 0 to {number - 1}."
+            )
+        return tuple((x,) for x in labels.tolist())
+
+
+def _checked_images(given: Any, what: str) -> np.ndarray:
+    images = np.asarray(given)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"{what}: images are {images.dtype} {list(np.shape(given))}, but uint8 [n, h, w, 3] or "
+            "[n, h, w, 1] was expected. Convert them, for example with (255 * x).astype('uint8')."
+        )
+    if 0 in images.shape:
+        raise ValueError(f"{what}: images of shape {list(images.shape)} are empty. Add images.")
+    return images
+
+
+def _read_npz(path: epath.Path) -> dict[str, tuple[Any, Any]]:
+    """Reads an NPZ file, without objects, after checking the size of its arrays.
+
+    Raises:
+        FileNotFoundError, ValueError: see `ArrayImages.read_listing`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The file {path} does not exist. Correct the path; relative paths start from the "
+            "working directory."
+        )
+    try:
+        with path.open("rb") as file:
+            size = sum(info.file_size for info in zipfile.ZipFile(file).infolist())
+            if size > MOST_BYTES:
+                raise ValueError(f"its arrays have {size:,} bytes, the limit is {MOST_BYTES:,}")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(
+            f"{path} cannot be read as an NPZ file: {error}. Write it with numpy.savez, with "
+            "uint8 images and integer labels."
+        ) from error
+    splits = [name.removesuffix("_images") for name in arrays if name.endswith("_images")]
+    absent = [f"{x}_labels" for x in splits if f"{x}_labels" not in arrays]
+    if not splits or absent:
+        raise ValueError(
+            f"{path} has the arrays {', '.join(arrays) or 'none'}, but lacks "
+            f"{(absent or ['train_images'])[0]}. Write <split>_images and <split>_labels."
+        )
+    return {x: (arrays[f"{x}_images"], arrays[f"{x}_labels"]) for x in splits}

@@ -1,0 +1,200 @@
+"""Image tasks from the user's folders, tables and arrays.
+
+    from mpt_jax.tasks import images
+
+    images.register(
+        "birds",
+        images.FolderImages("birds", with_splits=True),
+        templates=("a photo of a {}, a type of bird.",),
+    )
+
+Registration checks names and templates and reads no data. The first request for examples or class
+names lists the images, and reports all rows that cannot be used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import seqio
+
+from mpt_jax.data import image_preprocessors
+from mpt_jax.data.classes import (
+    ClassVocabulary,
+    check_names,
+    classes_of,
+    is_image_task,
+    normalized,
+)
+from mpt_jax.tasks import few_shot, text_metrics
+from mpt_jax.tasks.image_arrays import ArrayImages
+from mpt_jax.tasks.image_few_shot import read_index, register_selection, write_index
+from mpt_jax.tasks.image_files import FolderImages, TableImages
+from mpt_jax.tasks.image_sources import ImageSource
+from mpt_jax.tasks.image_splits import DividedImages, pooled
+from mpt_jax.tasks.image_tfds import TfdsImages
+
+__all__ = [
+    "ArrayImages",
+    "ClassVocabulary",
+    "DividedImages",
+    "FolderImages",
+    "ImageSource",
+    "TableImages",
+    "TfdsImages",
+    "classes_of",
+    "is_image_task",
+    "metric",
+    "pooled",
+    "read_index",
+    "readable",
+    "register",
+    "register_selection",
+    "write_index",
+]
+
+TEMPLATES = ("a photo of a {}.",)
+METRICS = ("accuracy", "mean_per_class", "map_11point", "roc_auc")
+_METRICS_MODULE = "mpt_jax.tasks.image_metrics"
+
+ClassNames = Sequence[str] | Mapping[str, str] | None
+
+
+def register(
+    name: str,
+    source: seqio.DataSource,
+    class_names: ClassNames | Callable[[], Sequence[str]] = None,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    metric_fns: Sequence[str | Callable[..., Any]] = ("accuracy",),
+    multi_label: bool | None = None,
+    shares: Sequence[float] | None = None,
+    drawn_as: str | None = None,
+) -> None:
+    """Registers a SeqIO image task.
+
+    Args:
+        name: The name of the task.
+        source: The source of {image, labels, id}, see `image_sources`.
+        class_names: The display names of the classes. None for the names in the source with spaces
+            for underscores; a mapping to replace some of these; a sequence of the same names in
+            another spelling; or a function that returns all names in label order.
+        templates: The texts in which `{}` stands for a class name.
+        metric_fns: The metrics: names of `METRICS`, or SeqIO metrics `(targets, scores)`. The first
+            one selects the best step.
+        multi_label: Whether an image may have any number of classes; None for what the source says.
+        shares: The shares of train, validation and test, by a stable hash within each class of the
+            only split of the source; None for the splits of the source.
+        drawn_as: The name of the task whose few-shot selections this task uses; None for `name`.
+
+    Raises:
+        ValueError: the name is taken; or a name, template, metric or share is invalid.
+    """
+    if name in seqio.TaskRegistry.names() | seqio.MixtureRegistry.names():
+        raise ValueError(
+            f"A task or mixture named {name!r} is already registered. Choose another name."
+        )
+    if multi_label is None:
+        multi_label = getattr(source, "multi_label", False)
+    if isinstance(source, ImageSource):
+        if multi_label != source.multi_label:
+            raise ValueError(
+                f"Task {name!r} has multi_label={multi_label}, but its source has "
+                f"multi_label={source.multi_label}. Pass multi_label to the source only."
+            )
+        if shares is not None:
+            source = DividedImages(source, pooled("train", shares=shares), name)
+    elif shares is not None or class_names is None or isinstance(class_names, Mapping):
+        raise ValueError(
+            f"The source of task {name!r} is a {type(source).__name__}, which cannot be divided "
+            "and has no class names. Omit shares=, and pass all class_names= in label order."
+        )
+    if isinstance(class_names, Sequence):
+        check_names(class_names)
+    names = class_names
+    if isinstance(source, ImageSource) and not callable(class_names):
+        names = functools.partial(names_of, source, class_names)
+    task = seqio.Task(
+        name,
+        source=source,
+        output_features=image_preprocessors.output_features(
+            ClassVocabulary(names, templates, multi_label)
+        ),
+        preprocessors=image_preprocessors.finish(name),
+        metric_fns=[
+            text_metrics.of_task(name, metric(fn) if isinstance(fn, str) else fn)
+            for fn in metric_fns
+        ],
+    )
+    if drawn_as is not None:
+        few_shot.draw_as(task, drawn_as)
+    seqio.TaskRegistry.add_provider(name, task)
+
+
+def readable(class_id: str) -> str:
+    """Returns the display name of a class of a data set: underscores and other white space become
+    single spaces."""
+    return " ".join(class_id.replace("_", " ").split())
+
+
+def names_of(source: ImageSource, class_names: ClassNames) -> list[str]:
+    """Returns the display names of the classes of a source in label order; see `register`.
+
+    Names in a sequence are matched by `classes.normalized`, not by position, unless the source has
+    only numbers.
+
+    Raises:
+        ValueError: `class_names` names a class that the source lacks, or lacks one of its classes.
+    """
+    ids = source.class_ids
+    if ids is None:
+        assert class_names is not None and not isinstance(class_names, Mapping)
+        return list(class_names)
+    if class_names is None:
+        return [readable(x) for x in ids]
+    if isinstance(class_names, Mapping):
+        if unknown := [x for x in class_names if x not in ids]:
+            raise ValueError(
+                f"class_names= names the class {unknown[0]!r}, which {source} lacks; its classes "
+                f"are {_some(ids)}. Correct the name."
+            )
+        return [class_names.get(x) or readable(x) for x in ids]
+    found = {normalized(x): x for x in class_names}
+    if absent := [x for x in ids if normalized(x) not in found]:
+        raise ValueError(
+            f"class_names= has no name for the class {absent[0]!r} of {source}, whose classes are "
+            f"{_some(ids)}. Add it, or pass a mapping from classes to names."
+        )
+    if len(class_names) != len(ids):
+        extra = [x for x in class_names if normalized(x) not in set(map(normalized, ids))]
+        raise ValueError(
+            f"class_names= has {len(class_names)} names, but {source} has {len(ids)} classes; "
+            f"not among them: {_some(extra)}. Remove these names."
+        )
+    return [found[normalized(x)] for x in ids]
+
+
+def metric(name: str) -> Callable[..., Any]:
+    """Returns the SeqIO metric `(targets, scores)` of a name of `METRICS`.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in METRICS:
+        raise ValueError(f"Unknown image metric {name!r}. Use one of {', '.join(METRICS)}.")
+
+    def scored(targets: Sequence[Any], scores: Any) -> dict[str, Any]:
+        function = getattr(importlib.import_module(_METRICS_MODULE), name)
+        return function(scores, targets)
+
+    scored.__name__ = name
+    scored.value_names = (name,)  # type: ignore[attr-defined]
+    return scored
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,509 @@
+"""Image tasks from folders, tables and arrays, and their few-shot runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from mpt_jax.data import image_preprocessors, preprocessors, task_lookup
+from mpt_jax.data.classes import ClassVocabulary, classes_of, normalized
+from mpt_jax.tasks import image_few_shot, images
+from mpt_jax.tasks.image_splits import Share, held_out
+from tests.fixtures import memory_tasks, picture_files
+
+CLASSES = ("cat", "dog", "red_fox")
+SOLID = {"cat": (255, 0, 0), "dog": (0, 255, 0), "red_fox": (0, 0, 255)}
+
+
+@pytest.fixture(autouse=True)
+def _unregister():
+    before = set(seqio.TaskRegistry.names())
+    yield
+    for name in set(seqio.TaskRegistry.names()) - before:
+        seqio.TaskRegistry.remove(name)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """root/<class>/<number>.png, with 4, 6 and 10 images."""
+    for name, count in zip(CLASSES, (4, 6, 10), strict=True):
+        for i in range(count):
+            picture_files.write(tmp_path / "root" / name / f"{i:02}.png", SOLID[name], (3 + i, 5))
+    return tmp_path / "root"
+
+
+def rows(task: str, split: str = "train") -> list[dict]:
+    dataset = task_lookup.find_task(task).get_dataset(None, split, shuffle=False)
+    return list(dataset.as_numpy_iterator())
+
+
+def ids(task: str, split: str = "train") -> list[str]:
+    source = task_lookup.find_task(task).source
+    return [x["id"].decode() for x in source.get_dataset(split).as_numpy_iterator()]
+
+
+# --- Tasks ------------------------------------------------------------------------------------
+
+
+def test_task_of_a_folder_yields_decoded_images_labels_and_stable_ids(folder):
+    images.register("pets_here", images.FolderImages(folder))
+    found = rows("pets_here")
+    assert [set(x) for x in found] == [{"image", "labels", "task_ids", "example_ids"}] * 20
+    assert [x["image"].shape for x in found[:5]] == [(h, 5, 3) for h in (3, 4, 5, 6, 3)]
+    for example, label in zip(found, [0] * 4 + [1] * 6 + [2] * 10, strict=True):
+        assert example["labels"].tolist() == [label] and example["labels"].dtype == np.int32
+        assert example["image"].dtype == np.uint8
+        np.testing.assert_array_equal(
+            np.unique(example["image"].reshape(-1, 3), axis=0), [SOLID[CLASSES[label]]]
+        )
+        assert example["task_ids"].tolist() == [preprocessors.task_id("pets_here")]
+    numbers = [x["example_ids"].item() for x in found]
+    # FarmHash of the id; the two numbers must never change, because caches and seeds depend on it.
+    assert len(set(numbers)) == 20 and numbers[:2] == [22885716, 500890326]
+    classes = classes_of(seqio.TaskRegistry.get("pets_here"))
+    assert classes.names == ("cat", "dog", "red fox") and not classes.multi_label
+    assert classes.texts() == [f"a photo of a {x}." for x in classes.names]
+
+
+def test_folder_with_splits_reads_each_split_and_renames_them(folder, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(folder, tmp_path / "splits" / split)
+    source = images.FolderImages(tmp_path / "splits", with_splits=True)
+    images.register("split_pets", source, {"red_fox": "fox"})
+    assert source.splits == ("train", "validation")
+    assert ids("split_pets", "validation")[0] == "val/cat/00.png"
+    assert classes_of(seqio.TaskRegistry.get("split_pets")).names == ("cat", "dog", "fox")
+
+
+def test_registration_reads_no_data_and_missing_folder_fails_at_first_use(tmp_path):
+    images.register("nowhere", images.FolderImages(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError, match="absent does not exist. Correct the path"):
+        rows("nowhere")
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        _ = classes_of(seqio.TaskRegistry.get("nowhere")).names
+
+
+def test_table_of_files_reads_labels_splits_and_several_classes(folder, tmp_path):
+    table = tmp_path / "list.csv"
+    table.write_text(
+        "file,label,split\ncat/00.png,cat|dog,train\ndog/01.png,,train\nred_fox/02.png,fox,test\n"
+    )
+    source = images.TableImages(table, folder, multi_label=True)
+    images.register("tags", source)
+    assert [x["labels"].tolist() for x in rows("tags")] == [[0, 1], []]
+    assert [x["labels"].tolist() for x in rows("tags", "test")] == [[2]]
+    assert classes_of(seqio.TaskRegistry.get("tags")).multi_label
+    lines = [
+        {"file": f"{c}/00.png", "label": c, "split": s}
+        for s in ("train", "dev")
+        for c in ("cat", "dog")
+    ]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    source = images.TableImages(tmp_path / "list.jsonl", folder, classes=("dog", "cat"))
+    images.register("lines", source)
+    assert [x["labels"].tolist() for x in rows("lines", "validation")] == [[1], [0]]
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_arrays_in_memory_and_in_npz_files_are_read_without_loss(channels, tmp_path):
+    shape = (7, 6, 5) if channels is None else (7, 6, 5, channels)
+    pictures = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    labels = np.array([0, 1, 1, 0, 2, 2, 1])
+    np.savez(tmp_path / "x.npz", train_images=pictures, train_labels=labels)
+    for name, data in (("memory", {"train": (pictures, labels)}), ("npz", tmp_path / "x.npz")):
+        images.register(name, images.ArrayImages(data, ("zero", "one", "two")))
+        found = rows(name)
+        expected = np.broadcast_to(pictures.reshape(7, 6, 5, -1), (7, 6, 5, 3))
+        np.testing.assert_array_equal([x["image"] for x in found], expected)
+        assert [x["labels"].item() for x in found] == labels.tolist()
+        assert ids(name)[:2] == ["train/0", "train/1"]
+
+
+def test_arrays_of_booleans_have_several_labels():
+    data = {
+        "train": (np.zeros((3, 2, 2, 3), np.uint8), np.eye(3, dtype=bool) | [True, False, True])
+    }
+    images.register("several", images.ArrayImages(data, "abc", multi_label=True))
+    assert [x["labels"].tolist() for x in rows("several")] == [[0, 2], [0, 1, 2], [0, 2]]
+
+
+def test_undecoded_examples_are_those_of_the_task_before_decoding(folder):
+    images.register("raw_pets", images.FolderImages(folder))
+    task = seqio.TaskRegistry.get("raw_pets")
+    raw = list(image_preprocessors.undecoded(task, "train", limit=3).as_numpy_iterator())
+    for before, after in zip(raw, rows("raw_pets")[:3], strict=True):
+        assert set(before) == set(after)
+        decoded = tf.io.decode_image(before["image"], channels=3).numpy()
+        np.testing.assert_array_equal(decoded, after["image"])
+        for name in ("labels", "task_ids", "example_ids"):
+            np.testing.assert_array_equal(before[name], after[name])
+    text = memory_tasks.register("a_text", memory_tasks.listed([("a", "b")]))
+    assert image_preprocessors.undecoded(text, "train") is None
+    with pytest.raises(ValueError, match="'a_text' has no classes.*not an image task. Name a"):
+        classes_of(text)
+
+
+def test_function_source_of_the_user_needs_all_class_names():
+    def read(split, shuffle_files, seed=None):
+        png = tf.io.encode_png(tf.zeros([2, 2, 3], tf.uint8))
+        return tf.data.Dataset.from_tensors({"image": png, "labels": [1], "id": "only"})
+
+    source = seqio.FunctionDataSource(read, splits=["train"])
+    images.register("mine", source, ("dark", "light"))
+    (example,) = rows("mine")
+    assert example["labels"].tolist() == [1] and example["image"].shape == (2, 2, 3)
+    with pytest.raises(ValueError, match="FunctionDataSource, which cannot be divided"):
+        images.register("mine_too", source)
+
+
+def test_metrics_are_named_and_called_with_scores_first(folder, monkeypatch):
+    class Module:
+        @staticmethod
+        def accuracy(scores, labels):
+            return {"accuracy": (scores, labels)}
+
+    monkeypatch.setattr("importlib.import_module", lambda name: Module)
+    images.register("scored", images.FolderImages(folder))
+    task = seqio.TaskRegistry.get("scored")
+    (metric,) = task.metric_fns
+    assert metric("targets", "scores") == {"accuracy": ("scores", "targets")}
+    assert task.score_metric_fns and not task.predict_metric_fns
+
+
+# --- Class names ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ((), "at least two names"),
+        (("cat",), "at least two names"),
+        ("ab", "at least two names"),
+        (("cat", " dog"), "' dog' is empty, not text, or has extra white space"),
+        (("cat", ""), "'' is empty"),
+        (("cat", "a_b"), "'a_b' has an underscore"),
+        (("Red Fox", "red-fox"), "'Red Fox' and 'red-fox' are the same after normalization"),
+    ],
+)
+def test_class_names_are_checked(names, words):
+    with pytest.raises(ValueError, match=words):
+        _ = ClassVocabulary(names, ("{}",)).names
+
+
+@pytest.mark.parametrize("templates", [(), "a {}", ("a photo",), ("{} and {}",)])
+def test_templates_are_checked(templates):
+    with pytest.raises(ValueError, match="[Tt]emplate"):
+        ClassVocabulary(("a", "b"), templates)
+
+
+def test_class_digest_covers_names_templates_and_kind():
+    def digest(names=("a", "b"), templates=("{}",), multi=False):
+        return ClassVocabulary(names, templates, multi).digest
+
+    content = json.dumps([["a", "b"], ["{}"], False])
+    assert digest() == hashlib.sha256(content.encode()).hexdigest()
+    others = {digest(("b", "a")), digest(templates=("a {}",)), digest(multi=True), digest()}
+    assert len(others) == 4
+    vocabulary = ClassVocabulary(lambda: ["a", "b"], ("{}",))
+    assert vocabulary == ClassVocabulary(("a", "b"), ("{}",))
+    assert vocabulary != ClassVocabulary(("a", "c"), ("{}",))
+    assert vocabulary.vocab_size == 2 and normalized("Yin_Yang  (x)") == "yin yang x"
+
+
+def test_class_names_of_a_sequence_are_matched_by_name(folder):
+    images.register("named", images.FolderImages(folder), ("Red Fox", "Dog", "Cat"))
+    assert classes_of(seqio.TaskRegistry.get("named")).names == ("Cat", "Dog", "Red Fox")
+    images.register("lacking", images.FolderImages(folder), ("Red Fox", "Dog"))
+    with pytest.raises(ValueError, match="no name for the class 'cat'"):
+        _ = classes_of(seqio.TaskRegistry.get("lacking")).names
+    images.register("many", images.FolderImages(folder), ("red fox", "dog", "cat", "cow"))
+    with pytest.raises(ValueError, match="has 4 names.*3 classes; not among them: 'cow'"):
+        _ = classes_of(seqio.TaskRegistry.get("many")).names
+    images.register("wrong", images.FolderImages(folder), {"cow": "a cow"})
+    with pytest.raises(ValueError, match="'cow', which .* lacks"):
+        _ = classes_of(seqio.TaskRegistry.get("wrong")).names
+
+
+# --- Splits -----------------------------------------------------------------------------------
+
+
+def test_shares_divide_each_class_and_do_not_depend_on_the_order(folder):
+    images.register("divided", images.FolderImages(folder), shares=(0.5, 0.2, 0.3))
+    source = seqio.TaskRegistry.get("divided").source
+    counts = {
+        split: [len(x) for x in source.index(split).rows_of_classes().values()]
+        for split in source.splits
+    }
+    # Of 4, 6 and 10: bounds 2, 3 (2.8); 3, 4 (4.2); 5, 7.
+    assert counts == {"train": [2, 3, 5], "validation": [1, 1, 2], "test": [1, 2, 3]}
+    parts = {split: source.index(split).ids for split in source.splits}
+    assert sorted(sum(parts.values(), ())) == sorted(source.source.index("train").ids)
+    order = sorted(
+        (f"red_fox/{i:02}.png" for i in range(10)),
+        key=lambda x: hashlib.blake2b(f"divided/42/{x}".encode(), digest_size=16).digest(),
+    )
+    assert sorted(x for x in parts["train"] if "fox" in x) == sorted(order[:5])
+    assert sorted(x for x in parts["test"] if "fox" in x) == sorted(order[7:])
+    for split, expected in parts.items():
+        assert ids("divided", split) == list(expected)
+
+
+def test_held_out_share_and_pooled_splits_cover_each_image_once(folder, tmp_path):
+    for split in ("train", "test"):
+        shutil.copytree(folder, tmp_path / "two" / split)
+    base = images.FolderImages(tmp_path / "two", with_splits=True)
+    source = images.DividedImages(base, held_out(0.2), "two")
+    assert [source.num_rows(x) for x in source.splits] == [16, 4, 20]
+    assert not set(source.index("train").ids) & set(source.index("validation").ids)
+    pooled = images.DividedImages(base, images.pooled("train", "test"), "two")
+    found = [x for split in pooled.splits for x in pooled.index(split).ids]
+    assert sorted(found) == sorted(base.index("train").ids + base.index("test").ids)
+    read = [x["id"].decode() for x in pooled.get_dataset("train").as_numpy_iterator()]
+    assert read == list(pooled.index("train").ids) and {x.split("/")[0] for x in read} == {
+        "train",
+        "test",
+    }
+    empty = images.DividedImages(base, {"train": Share(("train",), 0.0, 0.01)}, "two")
+    with pytest.raises(ValueError, match="train split of two would be empty"):
+        empty.index("train")
+    with pytest.raises(ValueError, match="not three numbers"):
+        images.pooled("train", shares=(0.5, 0.6, 0.2))
+
+
+# --- Few-shot runs ----------------------------------------------------------------------------
+
+
+def test_few_shot_images_are_nested_and_those_of_the_stable_hash(folder):
+    images.register("shots", images.FolderImages(folder))
+    kept = {k: ids(f"shots_k{k}_per_class_s1") for k in (1, 3, 5)}
+    assert [len(x) for x in kept.values()] == [3, 9, 14]  # cat has only 4
+    assert set(kept[1]) <= set(kept[3]) <= set(kept[5])
+    everything = [
+        f"{c}/{i:02}.png" for c, n in zip(CLASSES, (4, 6, 10), strict=True) for i in range(n)
+    ]
+
+    def key(name, split="train"):
+        return hashlib.blake2b(f"shots/{split}/{name}/1".encode(), digest_size=16).digest()
+
+    ordered = sorted(everything, key=key)
+    for k, found in kept.items():
+        expected = [x for x in ordered if [y for y in ordered if y[:3] == x[:3]].index(x) < k]
+        assert found == expected
+    validation = ids("shots_k5_per_class_s1", "validation")
+    left = sorted(set(everything) - set(kept[5]), key=lambda x: key(x, "validation"))
+    expected = [x for x in left if [y for y in left if y[:3] == x[:3]].index(x) < 4]
+    assert validation == expected and len(expected) == 1 + 4
+    assert ids("shots_k3_s1") == ordered[:3]
+    assert ids("shots_k3_per_class_s2") != kept[3]
+
+
+def test_few_shot_selection_does_not_depend_on_the_order_of_the_source(tmp_path, folder):
+    listed = [
+        (f"{c}/{i:02}.png", c) for c, n in zip(CLASSES, (4, 6, 10), strict=True) for i in range(n)
+    ]
+    found = []
+    for name, order in (("forward", listed), ("backward", listed[::-1])):
+        table = tmp_path / f"{name}.csv"
+        table.write_text("file,label\n" + "".join(f"{a},{b}\n" for a, b in order))
+        images.register(name, images.TableImages(table, folder), drawn_as="same")
+        found.append([ids(f"{name}_k2_per_class_s0", x) for x in ("train", "validation")])
+    assert found[0] == found[1]
+
+
+def test_few_shot_run_keeps_classes_validation_and_marks_its_own_task(folder, tmp_path):
+    for split in ("train", "val", "test"):
+        shutil.copytree(folder, tmp_path / "three" / split)
+    images.register("three", images.FolderImages(tmp_path / "three", with_splits=True))
+    whole, cut = "three_k1_per_class_s0", "three_k1_per_class_s0_dev"
+    assert (len(ids(whole)), len(ids(whole, "validation")), len(ids(whole, "test"))) == (3, 20, 20)
+    assert (len(ids(cut)), len(ids(cut, "validation")), len(ids(cut, "test"))) == (3, 3, 20)
+    assert len(ids("three_k6_per_class_s0_dev", "validation")) == 12  # at most 4 of each class
+    run = seqio.TaskRegistry.get(whole)
+    assert classes_of(run) == classes_of(seqio.TaskRegistry.get("three"))
+    assert {x["task_ids"].item() for x in rows(whole)} == {preprocessors.task_id(whole)}
+    kept = task_lookup.few_shot_rows(run)["few_shot"][whole]
+    assert [run.source.source.index("train").ids[i] for i in kept] == ids(whole)
+    assert ids("three_k1_per_class_s0_lr0.3") == ids(whole)
+    assert run.num_input_examples("train") == 3
+
+
+def test_few_shot_images_of_several_classes_count_for_each(tmp_path):
+    labels = np.array([[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1], [0, 0, 0]], bool)
+    data = {"train": (np.zeros((6, 2, 2, 3), np.uint8), labels)}
+    images.register("tags_shots", images.ArrayImages(data, "abc", multi_label=True))
+    for k in (1, 2):
+        found = rows(f"tags_shots_k{k}_per_class_s0")
+        counts = np.bincount([y for x in found for y in x["labels"]], minlength=3)
+        assert (counts >= np.minimum(labels.sum(0), k)).all() and len(found) <= 3 * k
+    assert set(ids("tags_shots_k1_per_class_s0")) <= set(ids("tags_shots_k2_per_class_s0"))
+
+
+def test_index_file_is_written_and_replayed(folder, tmp_path):
+    images.register("indexed", images.FolderImages(folder))
+    images.write_index("indexed_k2_per_class_s1", tmp_path / "index.json")
+    images.register_selection("indexed_again", "indexed", tmp_path / "index.json")
+    for split in ("train", "validation"):
+        assert ids("indexed_again", split) == ids("indexed_k2_per_class_s1", split)
+    assert {x["task_ids"].item() for x in rows("indexed_again")} == {
+        preprocessors.task_id("indexed_again")
+    }
+    record = json.loads((tmp_path / "index.json").read_text())
+    record["splits"]["train"][0] = "cat/99.png"
+    (tmp_path / "changed.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="was changed after it was written"):
+        images.read_index(tmp_path / "changed.json")
+    record = image_few_shot.schema.sealed({**record, "splits": {"train": ["99.png"]}}, "sha256")
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    images.register_selection("indexed_other", "indexed", tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"1 of 1 images are not in .*: 99.png"):
+        rows("indexed_other")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", '{"version": 1}', '{"version": 2, "task": "a", "splits": {}, "sha256": ""}'],
+)
+def test_damaged_index_file_fails_with_a_sentence(content, tmp_path):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match="The index file .*write_index"):
+        images.read_index(tmp_path / "index.json")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        images.read_index(tmp_path / "absent.json")
+
+
+def test_end_of_an_id_names_an_image_if_it_is_unique(folder, tmp_path):
+    record = {"version": 1, "task": "ends", "splits": {"train": ["09.png", "cat/00.png"]}}
+    sealed = image_few_shot.schema.sealed(record, "sha256")
+    (tmp_path / "index.json").write_text(json.dumps(sealed))
+    images.register("ends", images.FolderImages(folder))
+    images.register_selection("ends_published", "ends", tmp_path / "index.json")
+    assert ids("ends_published") == ["red_fox/09.png", "cat/00.png"]
+
+
+# --- Hostile input ----------------------------------------------------------------------------
+
+
+def test_bad_rows_of_a_table_are_listed_with_count_and_reasons(folder, tmp_path):
+    table = tmp_path / "bad.csv"
+    (folder / "cat" / "empty.png").write_bytes(b"")
+    (folder / "cat" / "text.png").write_bytes(b"hello")
+    bad = [
+        "../x.png,cat",
+        "/etc/passwd,cat",
+        "cat/99.png,cat",
+        "cat/00.png,cow",
+        "cat/empty.png,cat",
+        "cat/text.png,cat",
+        ",cat",
+        "cat/00.png,",
+    ]
+    table.write_text("file,label\ncat/01.png,cat\ndog/01.png,dog\n" + "\n".join(bad) + "\n")
+    images.register("bad", images.TableImages(table, folder, classes=("cat", "dog")))
+    with pytest.raises(ValueError) as error:
+        rows("bad")
+    message = str(error.value)
+    assert message.startswith(f"{table}: 8 of 10 rows cannot be used: ")
+    assert "unknown label 'cow'" in message and "and 3 more" in message
+    assert message.endswith("or pass skip_broken=8 to leave them out.")
+    source = images.TableImages(table, folder, classes=("cat", "dog"), skip_broken=8)
+    images.register("skipped", source)
+    assert ids("skipped") == ["cat/01.png", "dog/01.png"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("file,label\n", "has 0 different labels in 0 rows"),
+        ("", "has 0 different labels in 0 rows"),
+        ("name,label\na,b\n", "no column 'file'"),
+        ("file,label\ncat/00.png,a\ncat/00.png,b\n", "are listed twice: cat/00.png"),
+        ("file,label,split\ncat/00.png,a,other\n", "split 'other' is not train"),
+        ("file,label,file\ncat/00.png,a,b\n", "repeats the columns file"),
+    ],
+)
+def test_unusable_table_fails_with_a_sentence(lines, words, folder, tmp_path):
+    (tmp_path / "x.csv").write_text(lines)
+    images.register("unusable", images.TableImages(tmp_path / "x.csv", folder))
+    with pytest.raises(ValueError, match=words):
+        seqio.TaskRegistry.get("unusable").source.index("train")
+
+
+def test_table_of_another_kind_or_place_fails(tmp_path):
+    for name, error in (("x.xls", ValueError), ("x.csv", FileNotFoundError)):
+        with pytest.raises(error, match="x\\."):
+            images.TableImages(tmp_path / name).index("train")
+
+
+def test_class_without_an_image_fails(folder, tmp_path):
+    (folder / "emu").mkdir()
+    with pytest.raises(ValueError, match="1 of 4 classes have no image: emu"):
+        images.FolderImages(folder).index("train")
+    with pytest.raises(ValueError, match="has no folder train, validation or test"):
+        images.FolderImages(folder, with_splits=True).index("train")
+    with pytest.raises(ValueError, match="has 0 folders of classes"):
+        images.FolderImages(folder / "cat").index("train")
+
+
+def _arrays(images_=None, labels=None, **changes):
+    good = (np.zeros((2, 2, 2, 3), np.uint8), np.array([0, 1]))
+    pair = (good[0] if images_ is None else images_, good[1] if labels is None else labels)
+    return images.ArrayImages({"train": pair}, ("a", "b"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (_arrays(np.zeros((2, 2, 2, 3))), r"images are float64 \[2, 2, 2, 3\], but uint8"),
+        (_arrays(np.zeros((2, 2, 2, 4), np.uint8)), "but uint8"),
+        (_arrays(np.zeros((2, 0, 2, 3), np.uint8)), "are empty"),
+        (_arrays(labels=np.array([0, 2])), "1 of 2 labels are out of range, such as 2"),
+        (_arrays(labels=np.array([0, -1])), "such as -1"),
+        (_arrays(labels=np.array([0])), r"labels are int64 \[1\]"),
+        (_arrays(labels=np.array([0.0, 1.0])), "but integers"),
+        (_arrays(labels=np.array(["a", "b"])), "but integers"),
+        (_arrays(labels=np.array([0, 0])), "1 of 2 classes have no image: b"),
+        (_arrays(multi_label=True), "but booleans"),
+        (images.ArrayImages({}, "ab"), "has the splits none"),
+        (images.ArrayImages({"x": (1, 2)}, "ab"), "has the splits 'x'"),
+    ],
+)
+def test_unusable_arrays_fail_with_a_sentence(source, words):
+    with pytest.raises(ValueError, match=words):
+        source.index("train")
+
+
+def test_npz_files_are_never_unpickled_and_bounded(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    np.savez(path, train_images=np.array([{}], object), train_labels=np.array([0]))
+    with pytest.raises(ValueError, match="cannot be read as an NPZ file"):
+        images.ArrayImages(path, "ab").index("train")
+    path.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="cannot be read as an NPZ file"):
+        images.ArrayImages(path, "ab").index("train")
+    np.savez_compressed(path, train_images=np.zeros((4, 9, 9, 3), np.uint8))
+    with pytest.raises(ValueError, match="lacks train_labels"):
+        images.ArrayImages(path, "ab").index("train")
+    monkeypatch.setattr("mpt_jax.tasks.image_arrays.MOST_BYTES", 100)
+    with pytest.raises(ValueError, match="the limit is 100"):
+        images.ArrayImages(path, "ab").index("train")
+    with pytest.raises(FileNotFoundError):
+        images.ArrayImages(tmp_path / "absent.npz", "ab").index("train")
+
+
+def test_names_and_settings_that_clash_fail_at_registration(folder):
+    source = images.FolderImages(folder)
+    images.register("taken", source)
+    with pytest.raises(ValueError, match="'taken' is already registered"):
+        images.register("taken", source)
+    with pytest.raises(ValueError, match="Unknown image metric 'f1'"):
+        images.register("unknown_metric", source, metric_fns=("f1",))
+    with pytest.raises(ValueError, match="Pass multi_label to the source only"):
+        images.register("kinds", source, multi_label=True)
+    with pytest.raises(ValueError, match="skip_broken=-1 is negative"):
+        images.FolderImages(folder, skip_broken=-1).index("train")
