@@ -108,6 +108,12 @@ def normalized(name: str) -> str:
     return " ".join(re.sub(r"[\W_]+", " ", name.casefold()).split())
 
 
+def readable(class_id: str) -> str:
+    """Returns the display name of a class of a data set: underscores and other white space become
+    single spaces."""
+    return " ".join(class_id.replace("_", " ").split())
+
+
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
     """Returns the class names of a task.
 

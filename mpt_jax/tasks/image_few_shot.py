@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -172,7 +172,14 @@ def write_index(run: str, path: str | os.PathLike[str]) -> None:
             "a name such as <task>_k5_per_class_s1."
         )
     splits = {split: source.few_shot_ids(split) for split in source.cut}
-    record = schema.sealed({"version": VERSION, "task": source.draw.task, "splits": splits}, DIGEST)
+    seal_index(path, source.draw.task, {split: ids or [] for split, ids in splits.items()})
+
+
+def seal_index(
+    path: str | os.PathLike[str], task: str, splits: Mapping[str, Sequence[str]]
+) -> None:
+    """Writes an index file from split -> image ids; see `read_index`."""
+    record = schema.sealed({"version": VERSION, "task": task, "splits": dict(splits)}, DIGEST)
     write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 

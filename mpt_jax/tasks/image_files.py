@@ -18,7 +18,7 @@ from etils import epath
 
 from mpt_jax.runtime.files import is_local
 from mpt_jax.tasks import file_formats
-from mpt_jax.tasks.image_sources import BadRows, Index, ListedImages, check_classes
+from mpt_jax.tasks.image_sources import SHOWN, BadRows, Index, ListedImages, check_classes
 
 Path = str | os.PathLike[str]
 Listing = tuple[Sequence[str] | None, dict[str, tuple[Index, Sequence[Any]]]]
@@ -48,9 +48,15 @@ class FileImages(ListedImages):
     def __init__(self, root: Path, skip_broken: int = 0, multi_label: bool = False):
         super().__init__((), multi_label)
         self.root, self.skip_broken = epath.Path(root), skip_broken
+        self.classes: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         return str(self.root)
+
+    @property
+    def class_ids(self) -> Sequence[str] | None:
+        """The names of the classes in label order; without data if the constructor has them."""
+        return super().class_ids if self.classes is None else self.classes
 
     def load(self, item: tf.Tensor) -> tf.Tensor:
         """Returns the bytes of a file, string []."""
@@ -66,12 +72,20 @@ class FolderImages(FileImages):
     Args:
         root: The folder.
         with_splits: Whether there is one folder per split above the classes.
+        classes: The names of the folders in label order; None for those that exist, sorted.
         skip_broken: The number of files that may be unusable and are left out.
     """
 
-    def __init__(self, root: Path, with_splits: bool = False, skip_broken: int = 0):
+    def __init__(
+        self,
+        root: Path,
+        with_splits: bool = False,
+        classes: Sequence[str] | None = None,
+        skip_broken: int = 0,
+    ):
         super().__init__(root, skip_broken)
         self.with_splits = with_splits
+        self.classes = None if classes is None else tuple(classes)
 
     def read_listing(self) -> Listing:
         """Lists the files; see `ListedImages.read_listing`.
@@ -83,7 +97,13 @@ class FolderImages(FileImages):
         """
         splits = self._split_folders()
         classes = {split: _subfolders(folder) for split, folder in splits.items()}
-        names = sorted({name for found in classes.values() for name in found})
+        present = sorted({name for found in classes.values() for name in found})
+        names = present if self.classes is None else self.classes
+        if unknown := [name for name in present if name not in names]:
+            raise ValueError(
+                f"{self.root}: {len(unknown):,} of {len(present):,} folders are not classes: "
+                f"{', '.join(unknown[:SHOWN])}. Remove them, or correct classes=."
+            )
         if len(names) < 2:
             raise ValueError(
                 f"{self.root} has {len(names)} folders of classes, but classification needs at "

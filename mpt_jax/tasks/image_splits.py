@@ -153,9 +153,9 @@ class ChosenImages(ImageSource):
 
     Args:
         source: The source of the images.
-        ids: Split -> the ids of its images, in order. An id may be the end of an id of the source
-            that starts after a '/', if no other image has the same end. Splits of the source that
-            are not named stay as they are.
+        ids: Split -> the ids of its images, in order. Published ids may have more or fewer folders
+            before the file name than those of the source, and another case, if that leaves one
+            image. Splits of the source that are not named stay as they are.
         where: The file with the ids, for errors.
     """
 
@@ -198,15 +198,15 @@ class ChosenImages(ImageSource):
         if split not in self._places:
             others = [name for name in self.source.splits if name != split]
             own = [split] if split in self.source.splits else []
-            found = _located({name: self.source.index(name) for name in [*own, *others]})
-            absent = [name for name in self.ids[split] if found.get(name) is None]
-            if absent:
+            found = _Places({name: self.source.index(name) for name in [*own, *others]})
+            places = {name: found.find(name) for name in self.ids[split]}
+            if absent := [name for name, place in places.items() if place is None]:
                 raise ValueError(
                     f"{self.where}, {split}: {len(absent):,} of {len(self.ids[split]):,} images "
                     f"are not in {self.source}, or several have this name: "
                     f"{', '.join(absent[:SHOWN])}. Use a file for this data set."
                 )
-            self._places[split] = [found[name] for name in self.ids[split]]  # type: ignore[misc]
+            self._places[split] = [place for place in places.values() if place is not None]
         return self._places[split]
 
     def read_index(self, split: str) -> Index:
@@ -248,17 +248,33 @@ def select_places(source: ImageSource, places: Sequence[tuple[str, int]]) -> tf.
     return in_order(whole, np.arange(len(order)), np.argsort(order).tolist())
 
 
-def _located(indices: Mapping[str, Index]) -> dict[str, tuple[str, int] | None]:
-    """Returns id, or end of an id after a '/' -> (split, row); None for an end of several ids. The
-    first split with an id is used."""
-    found: dict[str, tuple[str, int] | None] = {}
-    for split, index in indices.items():
-        for row, name in enumerate(index.ids):
-            found.setdefault(name, (split, row))
-    ends: dict[str, tuple[str, int] | None] = {}
-    for split, index in indices.items():
-        for row, name in enumerate(index.ids):
-            while "/" in name:
-                name = name.split("/", 1)[1]
-                ends[name] = None if name in ends else (split, row)
-    return {**ends, **found}
+class _Places:
+    """The (split, row) of each image id. An id of several splits is found in the first."""
+
+    def __init__(self, indices: Mapping[str, Index]):
+        self.exact: dict[str, tuple[str, int]] = {}
+        self.folded: dict[str, tuple[str, int]] = {}  # in lower case
+        self.ends: dict[str, tuple[str, int] | None] = {}  # after a '/'; None if of several ids
+        for split, index in indices.items():
+            for row, name in enumerate(index.ids):
+                self.exact.setdefault(name, (split, row))
+                self.folded.setdefault(name.casefold(), (split, row))
+                for end in _ends(name):
+                    self.ends[end] = None if end in self.ends else (split, row)
+
+    def find(self, name: str) -> tuple[str, int] | None:
+        """Returns the place of a published id; None if it is unknown or ambiguous."""
+        if name in self.exact:
+            return self.exact[name]
+        key = name.casefold()
+        if key in self.folded:
+            return self.folded[key]
+        if key in self.ends:
+            return self.ends[key]
+        return next((self.folded[end] for end in _ends(name) if end in self.folded), None)
+
+
+def _ends(name: str) -> list[str]:
+    """Returns what follows each '/' of a name, in lower case, the longest first."""
+    parts = name.casefold().split("/")
+    return ["/".join(parts[i:]) for i in range(1, len(parts))]

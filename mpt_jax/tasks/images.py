@@ -28,6 +28,7 @@ from mpt_jax.data.classes import (
     classes_of,
     is_image_task,
     normalized,
+    readable,
 )
 from mpt_jax.tasks import few_shot, text_metrics
 from mpt_jax.tasks.image_arrays import ArrayImages
@@ -132,12 +133,6 @@ def register(
     if drawn_as is not None:
         few_shot.draw_as(task, drawn_as)
     seqio.TaskRegistry.add_provider(name, task)
-
-
-def readable(class_id: str) -> str:
-    """Returns the display name of a class of a data set: underscores and other white space become
-    single spaces."""
-    return " ".join(class_id.replace("_", " ").split())
 
 
 def names_of(source: ImageSource, class_names: ClassNames) -> list[str]:
