@@ -24,6 +24,10 @@ Names = Sequence[str] | Callable[[], Sequence[str]]
 class ClassVocabulary(seqio.PassThroughVocabulary):
     """Vocabulary whose ids are the class ids of one image task.
 
+    All class vocabularies compare as equal, because SeqIO mixes only tasks with equal vocabularies,
+    and the class ids of a mixture are local to the task of each example. Compare `digest` to find
+    out whether two tasks have the same classes.
+
     Args:
         names: The class names in label order, or a function that returns them when they are first
             needed, so that registering a task reads no data.
@@ -67,10 +71,10 @@ class ClassVocabulary(seqio.PassThroughVocabulary):
         return len(self.names)
 
     def __eq__(self, other: Any) -> bool:
-        return self is other or (isinstance(other, ClassVocabulary) and self.digest == other.digest)
+        return isinstance(other, ClassVocabulary)
 
     def __hash__(self) -> int:
-        return hash(self.digest)
+        return hash(ClassVocabulary)
 
     def __str__(self) -> str:
         return f"ClassVocabulary({len(self.names)} classes, digest {self.digest[:8]})"
@@ -78,12 +82,17 @@ class ClassVocabulary(seqio.PassThroughVocabulary):
     __repr__ = __str__
 
 
-def classes_of(task: seqio.Task) -> ClassVocabulary:
+def classes_of(task: seqio.Task | seqio.Mixture) -> ClassVocabulary:
     """Returns the classes of an image task.
 
     Raises:
-        ValueError: the task is not an image task, or its class names are invalid.
+        ValueError: the task is not an image task, or is a mixture.
     """
+    if isinstance(task, seqio.Mixture):
+        raise ValueError(
+            f"{task.name!r} is a mixture, whose tasks have separate classes. Ask for the classes "
+            "of each of its tasks, see seqio.get_subtasks."
+        )
     if not is_image_task(task):
         raise ValueError(
             f"Task {task.name!r} has no classes, because it is not an image task. Name a task that "
@@ -92,8 +101,8 @@ def classes_of(task: seqio.Task) -> ClassVocabulary:
     return cast(ClassVocabulary, task.output_features[LABELS].vocabulary)
 
 
-def is_image_task(task: seqio.Task) -> bool:
-    """Whether a task is an image task."""
+def is_image_task(task: seqio.Task | seqio.Mixture) -> bool:
+    """Whether a task is an image task, or a mixture of such tasks."""
     # The output features of a text task may need a vocabulary that no job has bound yet.
     try:
         features = task.output_features

@@ -35,10 +35,10 @@ class ArrayImages(ListedImages):
         multi_label: bool = False,
     ):
         super().__init__((), multi_label)
-        self.data, self.classes = data, tuple(classes)
+        self.arrays, self.classes = data, tuple(classes)
 
     def __str__(self) -> str:
-        return "arrays" if isinstance(self.data, Mapping) else str(self.data)
+        return "arrays" if isinstance(self.arrays, Mapping) else str(self.arrays)
 
     def load(self, item: tf.Tensor) -> tf.Tensor:
         """Returns `item`, which is an encoded image."""
@@ -52,7 +52,9 @@ class ArrayImages(ListedImages):
             ValueError: an array has another shape or type, a label is out of range, or a class has
                 no image.
         """
-        data = self.data if isinstance(self.data, Mapping) else _read_npz(epath.Path(self.data))
+        data = self.arrays
+        if not isinstance(data, Mapping):
+            data = _read_npz(epath.Path(data))
         listed: dict[str, tuple[Index, Sequence[Any]]] = {}
         for split in [x for x in ORDER if x in data] or [None]:
             if split is None or set(data) - set(ORDER):

@@ -91,6 +91,11 @@ class DividedImages(ImageSource):
         return f"{self.source}, divided by a hash of {self.name} and {self.seed}"
 
     @property
+    def data(self) -> str:
+        """The name of the data set or its place, for `mpt-jax tasks list`."""
+        return str(getattr(self.source, "data", self.source))
+
+    @property
     def class_ids(self) -> Sequence[str] | None:
         """The class ids of the source that is divided."""
         return self.source.class_ids

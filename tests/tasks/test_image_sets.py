@@ -15,6 +15,7 @@ from mpt_jax.data.classes import check_names, classes_of, normalized
 from mpt_jax.tasks import image_tables, images
 from mpt_jax.tasks.image_sets import class_names, coop, elevater, kitti, rows, templates, voc
 from tests.fixtures import image_tfds_data, picture_files
+from tests.fixtures.gin_files import ROOT
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
@@ -62,7 +63,7 @@ TASKS = {
 }
 SETS = {row.name: row for row in (*coop.SETS, *elevater.SETS)}
 # Sets that differ from the others in how they are read; the others are slow tests.
-QUICK = "coop_caltech101 coop_eurosat elevater_cifar10 elevater_mnist elevater_food101".split()
+QUICK = "coop_eurosat elevater_cifar10 elevater_mnist elevater_food101".split()
 
 
 def is_in_files(row: rows.ImageSet) -> bool:
@@ -174,6 +175,24 @@ def test_sizes_of_splits_are_the_published_ones(name):
         for x in ("train", "validation", "test")
     ]
     assert found == list(sizes)
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if not name.endswith("_published")])
+def test_table_of_the_documentation_matches_the_suite(name):
+    row, module = SETS[name], coop if name.startswith(coop.PREFIX) else elevater
+    short = name.removeprefix(module.PREFIX)
+    (line,) = re.findall(rf"^\| `{name}` .*$", (ROOT / "docs" / "image-tasks.md").read_text(), re.M)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    source = getattr(row.source, "source", row.source)
+    place = {
+        images.TableImages: f"{short}/list.csv",
+        images.FolderImages: f"{short}/<split>/<class>",
+    }
+    assert cells[1] == f"`{place.get(type(source)) or source.data}`"
+    sizes = ["-" if size == 0 else f"{size:,}" for size in module.SIZES[short]]
+    assert cells[2:6] == [f"{row.classes.number:,}", *sizes]
+    assert (cells[6] == "ours") == isinstance(row.source, images.DividedImages)
+    assert cells[7] == ", ".join(row.metrics)
 
 
 # --- TFDS -------------------------------------------------------------------------------------

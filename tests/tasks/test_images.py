@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from mpt_jax.data.classes import ClassVocabulary, classes_of, normalized
 from mpt_jax.tasks import image_few_shot, images
 from mpt_jax.tasks.image_splits import Share, held_out
 from tests.fixtures import memory_tasks, picture_files
+from tests.fixtures.gin_files import ROOT
 
 CLASSES = ("cat", "dog", "red_fox")
 SOLID = {"cat": (255, 0, 0), "dog": (0, 255, 0), "red_fox": (0, 0, 255)}
@@ -149,6 +151,21 @@ def test_undecoded_examples_are_those_of_the_task_before_decoding(folder):
         classes_of(text)
 
 
+def test_tasks_with_different_classes_can_be_mixed(folder):
+    images.register("three_classes", images.FolderImages(folder))
+    shutil.copytree(folder, folder.parent / "less")
+    shutil.rmtree(folder.parent / "less" / "cat")
+    images.register("two_classes", images.FolderImages(folder.parent / "less"))
+    mixture = seqio.Mixture("mixed_images", ["three_classes", "two_classes"], default_rate=1.0)
+    mixed = mixture.get_dataset(None, "train", shuffle=False, num_epochs=None, seed=0)
+    found = mixed.take(200).as_numpy_iterator()
+    kinds = {(x["task_ids"].item(), x["labels"].item(), x["image"][0, 0].argmax()) for x in found}
+    three, two = (preprocessors.task_id(x) for x in ("three_classes", "two_classes"))
+    assert kinds == {(three, 0, 0), (three, 1, 1), (three, 2, 2), (two, 0, 1), (two, 1, 2)}
+    with pytest.raises(ValueError, match="'mixed_images' is a mixture"):
+        classes_of(mixture)
+
+
 def test_function_source_of_the_user_needs_all_class_names():
     def read(split, shuffle_files, seed=None):
         png = tf.io.encode_png(tf.zeros([2, 2, 3], tf.uint8))
@@ -211,8 +228,8 @@ def test_class_digest_covers_names_templates_and_kind():
     others = {digest(("b", "a")), digest(templates=("a {}",)), digest(multi=True), digest()}
     assert len(others) == 4
     vocabulary = ClassVocabulary(lambda: ["a", "b"], ("{}",))
-    assert vocabulary == ClassVocabulary(("a", "b"), ("{}",))
-    assert vocabulary != ClassVocabulary(("a", "c"), ("{}",))
+    assert vocabulary.digest == digest()
+    assert vocabulary == ClassVocabulary(("a", "c"), ("{}",)) != seqio.PassThroughVocabulary(2)
     assert vocabulary.vocab_size == 2 and normalized("Yin_Yang  (x)") == "yin yang x"
 
 
@@ -325,7 +342,8 @@ def test_few_shot_run_keeps_classes_validation_and_marks_its_own_task(folder, tm
     assert (len(ids(cut)), len(ids(cut, "validation")), len(ids(cut, "test"))) == (3, 3, 20)
     assert len(ids("three_k6_per_class_s0_dev", "validation")) == 12  # at most 4 of each class
     run = seqio.TaskRegistry.get(whole)
-    assert classes_of(run) == classes_of(seqio.TaskRegistry.get("three"))
+    assert classes_of(run) is classes_of(seqio.TaskRegistry.get("three"))
+    assert len(list(image_preprocessors.undecoded(run, "train"))) == 3
     assert {x["task_ids"].item() for x in rows(whole)} == {preprocessors.task_id(whole)}
     kept = task_lookup.few_shot_rows(run)["few_shot"][whole]
     assert [run.source.source.index("train").ids[i] for i in kept] == ids(whole)
@@ -507,3 +525,24 @@ def test_names_and_settings_that_clash_fail_at_registration(folder):
         images.register("kinds", source, multi_label=True)
     with pytest.raises(ValueError, match="skip_broken=-1 is negative"):
         images.FolderImages(folder, skip_broken=-1).index("train")
+
+
+# --- Documentation ----------------------------------------------------------------------------
+
+
+def test_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    for name in ("black_footed_albatross", "house_wren"):
+        for i in range(20):
+            path = tmp_path / "birds" / name / f"{i}.jpg"
+            picture_files.write(path, (10 * i, 0, 99), (8, 9))
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "image-tasks.md").read_text()
+    scope: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(block, scope)
+    assert capsys.readouterr().out.splitlines() == [
+        "('black-footed albatross', 'house wren')",
+        "(8, 9, 3) [1]",
+    ]
+    sizes = [seqio.TaskRegistry.get("birds").source.num_rows(s) for s in ("train", "validation")]
+    assert sizes == [20, 8] and len(ids("birds_published")) == 10
