@@ -71,6 +71,7 @@ def run_fingerprint(
         "random_seed": seed,
         "optimizer": _optimizer(model.optimizer_def),
         DROPOUT: model.dropout_rate,
+        **model.training_settings,
         DATA: dict(data),
     }
 

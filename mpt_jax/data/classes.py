@@ -1,7 +1,7 @@
 """Classes of image tasks: their names in label order, and the text templates around a name.
 
-A task's classes are the vocabulary of its output feature `labels`. Derived tasks (few-shot subsets,
-runs) keep the output features of their task, and with them its classes.
+A task's classes are the vocabulary of its output feature `targets`. Derived tasks (few-shot
+subsets, runs) keep the output features of their task, and with them its classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import seqio
 
-LABELS = "labels"
+TARGETS = "targets"
 PLACE = "{}"  # of the class name in a template
 
 Names = Sequence[str] | Callable[[], Sequence[str]]
@@ -61,6 +61,10 @@ class ClassVocabulary(seqio.PassThroughVocabulary):
         """Returns the text of each class in label order; the first template if none is given."""
         return [(template or self.templates[0]).replace(PLACE, name) for name in self.names]
 
+    def _decode(self, ids: Sequence[int]) -> str:
+        """Returns the names of classes, separated by commas."""
+        return ", ".join(self.names[number] for number in ids)
+
     @property
     def _base_vocab_size(self) -> int:
         return len(self.names)
@@ -98,7 +102,7 @@ def classes_of(task: seqio.Task | seqio.Mixture) -> ClassVocabulary:
             f"Task {task.name!r} has no classes, because it is not an image task. Name a task that "
             "mpt_jax.tasks.images.register registered."
         )
-    return cast(ClassVocabulary, task.output_features[LABELS].vocabulary)
+    return cast(ClassVocabulary, task.output_features[TARGETS].vocabulary)
 
 
 def is_image_task(task: seqio.Task | seqio.Mixture) -> bool:
@@ -108,7 +112,7 @@ def is_image_task(task: seqio.Task | seqio.Mixture) -> bool:
         features = task.output_features
     except ValueError:
         return False
-    return LABELS in features and isinstance(features[LABELS].vocabulary, ClassVocabulary)
+    return TARGETS in features and isinstance(features[TARGETS].vocabulary, ClassVocabulary)
 
 
 def normalized(name: str) -> str:

@@ -246,29 +246,14 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         )
         names = tf.constant(self.runs.run_names)
         checks = [
-            _assert(tf.reduce_any(is_run), lambda: self._unknown_message(identity)),
-            _assert(
+            assert_that(tf.reduce_any(is_run), lambda: unknown_run(self.runs, identity)),
+            assert_that(
                 tf.logical_not(tf.reduce_any(too_long)),
                 lambda: tf.strings.join(["An example of ", names[row], message]),
             ),
         ]
         with tf.control_dependencies(checks):
             return tf.identity(row)
-
-    def _unknown_message(self, identity: tf.Tensor) -> tf.Tensor:
-        """Returns the error for a task id without a run, with the task's name if it is known."""
-        known = (
-            f" has no run in this job, whose runs are {', '.join(self.runs.run_names)}. Add the "
-            "name of the task to RUN_NAMES, or remove the task from the dataset."
-        )
-        ids, names = tf.constant([*_NAME_OF_ID]), tf.constant([*_NAME_OF_ID.values()])
-        matches = tf.equal(ids, identity)
-        name = tf.where(
-            tf.reduce_any(matches),
-            tf.strings.join(["The task ", names[tf.argmax(matches)]]),
-            tf.strings.format("The task with the unregistered id {}", identity),
-        )
-        return tf.strings.join([name, known])
 
     def _place(self, example, row: tf.Tensor, positions: Mapping[str, int]):
         """Converts one example to a row, in the graph: prompt slots, then the text, then padding.
@@ -300,10 +285,10 @@ class PromptFeatureConverter(seqio.FeatureConverter):
             text, tokens = f"Cannot pack an example of {{}}, because its {name} ", example[name]
             fix = " Correct the preprocessors of the task, or set DatasetConfig.pack to False."
             no_zero = _named(f"{text}contain id 0, which is padding.{fix}", run)
-            checks.append(_assert(tf.reduce_all(tokens != 0), no_zero))
+            checks.append(assert_that(tf.reduce_all(tokens != 0), no_zero))
             if not may_be_empty:
                 not_empty = _named(f"{text}are empty.{fix}", run)
-                checks.append(_assert(tf.size(tokens) > 0, not_empty))
+                checks.append(assert_that(tf.size(tokens) > 0, not_empty))
         return checks
 
     def _packed(
@@ -330,6 +315,22 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         return dict(zip(lengths, features, strict=True))
 
 
+def unknown_run(runs: Runs, identity: tf.Tensor) -> tf.Tensor:
+    """Returns the error for a task id without a run, with the task's name if it is known."""
+    known = (
+        f" has no run in this job, whose runs are {', '.join(runs.run_names)}. Add the "
+        "name of the task to RUN_NAMES, or remove the task from the dataset."
+    )
+    ids, names = tf.constant([*_NAME_OF_ID]), tf.constant([*_NAME_OF_ID.values()])
+    matches = tf.equal(ids, identity)
+    name = tf.where(
+        tf.reduce_any(matches),
+        tf.strings.join(["The task ", names[tf.argmax(matches)]]),
+        tf.strings.format("The task with the unregistered id {}", identity),
+    )
+    return tf.strings.join([name, known])
+
+
 def _pad(tokens: tf.Tensor, length: int) -> tf.Tensor:
     padded = tf.pad(tokens, [[0, length - tf.size(tokens)]])
     padded.set_shape([length])
@@ -341,8 +342,9 @@ def _named(template: str, name: tf.Tensor):
     return lambda: tf.strings.join([before, name, after])
 
 
-def _assert(condition: tf.Tensor, message):
-    """Raises `message()` (a string tensor) unless `condition`; builds the text only if needed."""
+def assert_that(condition: tf.Tensor, message: Callable[[], tf.Tensor]) -> tf.Tensor:
+    """Fails in the graph with `message()`, a string, unless `condition`. The text is built only if
+    needed, and should have no quotes, because TensorFlow escapes them."""
     return tf.cond(
         condition,
         lambda: tf.constant(True),

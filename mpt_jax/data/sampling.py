@@ -18,6 +18,7 @@ import tensorflow as tf
 from absl import logging
 
 from mpt_jax.core.comparison import abbreviate
+from mpt_jax.data.classes import is_image_task
 from mpt_jax.data.samplers import EqualQuotas, PerExample, Sampler, StochasticTasks
 from mpt_jax.data.task_lookup import find_task, import_suites
 from mpt_jax.data.token_tables import joined_lookup, read_table
@@ -137,8 +138,10 @@ class TaskMixture(seqio.Mixture):
         )
         # Streams of indices into the joined tables, so that examples are looked up only once.
         firsts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        # Augmentation needs the pass, so it is added to the indices of images.
+        stride = int(sizes.sum()) if is_image_task(find_task(self.task_names[0])) else 0
         streams = [
-            table.indices(self.sampler.seed, shuffle).map(
+            table.indices(self.sampler.seed, shuffle, stride).map(
                 tf.autograph.experimental.do_not_convert(lambda index, first=first: first + index)
             )
             for table, first in zip(tables, firsts, strict=True)
@@ -146,7 +149,7 @@ class TaskMixture(seqio.Mixture):
         weights = self.weights(sizes)
         self._shares = sampler.expected_shares(weights)
         self._log_shares(weights)
-        example_at = tf.autograph.experimental.do_not_convert(joined_lookup(tables))
+        example_at = tf.autograph.experimental.do_not_convert(joined_lookup(tables, stride))
         mixed = sampler(streams, weights.tolist())
         return mixed.map(example_at, num_parallel_calls=tf.data.AUTOTUNE)
 

@@ -22,16 +22,18 @@ from mpt_jax.data.task_lookup import check_split, explain_missing_data
 _KEEP_BYTES = 16 * 2**20
 # Shares of unknown tokens above which `report_unknown` logs a line, or a warning.
 NOTED_UNKNOWN, WARNED_UNKNOWN = 0.01, 0.1
+PASS_NUMBERS = "pass_numbers"
 _REPORTED: set[tuple[str, str]] = set()  # (task, split) of `report_unknown`
 _KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 class TokenTable:
-    """Tokenized examples of one split of one task, as flat values and offsets per feature.
+    """Tokenized examples of one split of one task, as flat values and offsets per feature. The
+    examples of image tasks have encoded files in place of the tokens of inputs.
 
     Attributes:
         name, split: the names of the task and the split.
-        values: {feature: int32 [total tokens]}.
+        values: {feature: int32 [total tokens], or strings}.
         offsets: {feature: int64 [num_examples + 1]}.
         num_examples: number of examples, after preprocessing.
         num_overlong: number of these with a text longer than its limit (see
@@ -53,7 +55,7 @@ class TokenTable:
     @property
     def num_bytes(self) -> int:
         """Size of the tokens in memory, in bytes."""
-        return sum(values.nbytes for values in self.values.values())
+        return sum(_num_bytes(values) for values in self.values.values())
 
     def unknown_shares(self, output_features: Mapping[str, Any]) -> dict[str, float]:
         """Returns the share of tokens that are unknown, from 0 to 1, of each text feature. The
@@ -64,6 +66,11 @@ class TokenTable:
             texts = np.count_nonzero(tokens != end)
             shares[name] = np.count_nonzero(tokens == unknown) / max(texts, 1)
         return shares
+
+
+def _num_bytes(values: np.ndarray) -> int:
+    """Returns the size of an array in bytes, with the strings of an array of strings."""
+    return values.nbytes if values.dtype != object else sum(map(len, values))
 
 
 class ExampleTable(TokenTable):
@@ -118,18 +125,26 @@ class ExampleTable(TokenTable):
         report_lengths({task.name: (self.num_overlong, self.num_examples)}, split, sequence_length)
         report_unknown(task.name, split, self.unknown_shares(task.output_features))
 
-    def indices(self, seed: int, shuffle: bool) -> tf.data.Dataset:
+    def indices(self, seed: int, shuffle: bool, stride: int = 0) -> tf.data.Dataset:
         """Returns an endless stream of this task's example indices, one pass after another. Runs
-        that differ only in settings have the same order (see `runs.data_name`)."""
-        if not shuffle:
+        that differ only in settings have the same order (see `runs.data_name`).
+
+        Args:
+            seed: the seed of the order.
+            shuffle: whether each pass has a different order.
+            stride: number that is added to every index once for each pass before it.
+        """
+        if not shuffle and not stride:
             return tf.data.Dataset.range(self.num_examples).repeat()
 
         size = tf.constant(self.num_examples)
         stream = task_id(data_name(self.name))
 
         def one_pass(number):
-            order = _permutation(size, stream_key(seed, stream, number))
-            return tf.data.Dataset.from_tensor_slices(order)
+            order = tf.range(tf.cast(size, tf.int64))
+            if shuffle:
+                order = _permutation(size, stream_key(seed, stream, number))
+            return tf.data.Dataset.from_tensor_slices(order + number * stride)
 
         passes = tf.data.Dataset.range(np.iinfo(np.int64).max)
         return passes.flat_map(tf.autograph.experimental.do_not_convert(one_pass))
@@ -302,8 +317,14 @@ def _joined(tables: Sequence[TokenTable]) -> tuple[dict[str, Any], dict[str, Any
     return values, offsets
 
 
-def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    """Returns a function that looks up an example by its index in the concatenated tables."""
+def joined_lookup(
+    tables: Sequence[ExampleTable], stride: int = 0
+) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+    """Returns a function that looks up an example by its index in the concatenated tables.
+
+    With a stride (see `ExampleTable.indices`), the number of passes before the example is another
+    feature, `pass_numbers` [1].
+    """
     values, offsets = ({name: tf.constant(x) for name, x in of.items()} for of in _joined(tables))
 
     def lookup(index):
@@ -311,7 +332,10 @@ def joined_lookup(tables: Sequence[ExampleTable]) -> Callable[[tf.Tensor], dict[
             name: values[name][offsets[name][index] : offsets[name][index + 1]] for name in values
         }
 
-    return lookup
+    def lookup_in_pass(index):
+        return {**lookup(index % stride), PASS_NUMBERS: (index // stride)[None]}
+
+    return lookup_in_pass if stride else lookup
 
 
 def dataset_of(tables: Sequence[TokenTable]) -> tf.data.Dataset:

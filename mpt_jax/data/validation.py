@@ -9,6 +9,7 @@ import seqio
 
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.data import labels, task_lookup, token_tables
+from mpt_jax.data.classes import is_image_task
 from mpt_jax.data.sampling import TaskMixture
 
 # A file system allows names of 255 bytes, and the longest suffix that a file of a task gets is
@@ -37,14 +38,21 @@ def check_settings(cfg: Any, setting: str, num_shards: int) -> None:
             f"{setting} so that a batch has a multiple of {num_shards} rows, such as "
             f"{cfg.batch_size // num_shards * num_shards or num_shards}, or use fewer devices."
         )
-    limits = cfg.task_feature_lengths
-    if limits is not None and (set(limits) != _FEATURES or min(limits.values()) < 1):
+    limits, tasks = cfg.task_feature_lengths, seqio.get_subtasks(cfg.provider())
+    if all(map(is_image_task, tasks)):
+        if limits or cfg.by_length:
+            raise ValueError(
+                f"task_feature_lengths = {dict(limits or {})} and by_length = {cfg.by_length} "
+                "would have no effect on images, which all have the size that the backbone reads. "
+                "Set TASK_FEATURE_LENGTHS = {} and omit gin/runs/by_length.gin."
+            )
+    elif limits is not None and (set(limits) != _FEATURES or min(limits.values()) < 1):
         raise ValueError(
             f"DatasetConfig.task_feature_lengths must have a limit of at least 1 for 'inputs' and "
             f"for 'targets', got {dict(limits)}. Set TASK_FEATURE_LENGTHS, for example to "
             "{'inputs': 256, 'targets': 16}."
         )
-    for task in seqio.get_subtasks(cfg.provider()):
+    for task in tasks:
         if cfg.use_cached and not task.cache_dir:
             raise ValueError(
                 f"DatasetConfig.use_cached is True, but no offline cache of task {task.name!r} "
@@ -126,6 +134,8 @@ def check_tasks(
                     "TASK_NAMES), or leave the task out of the dataset."
                 )
     for task in tasks:
+        if is_image_task(task):
+            continue
         labels.check(task, (task_feature_lengths or {}).get("targets"))
 
 

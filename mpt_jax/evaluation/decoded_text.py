@@ -18,6 +18,7 @@ from absl import logging
 
 from mpt_jax.batching import spelling
 from mpt_jax.data import labels
+from mpt_jax.data.classes import is_image_task
 
 
 def compared(task: seqio.Task) -> seqio.Task:
@@ -27,6 +28,8 @@ def compared(task: seqio.Task) -> seqio.Task:
     label. Otherwise, gold texts are encoded and decoded: the target before the task's postprocessor
     reads it, and each list of texts that the postprocessor returns (directly or in a mapping).
     """
+    if is_image_task(task):
+        return task  # its predictions are class names
     vocabulary = task.output_features["targets"].vocabulary
     label_of, postprocess = labels.as_decoded(task), task.postprocessor
 
@@ -62,6 +65,8 @@ def constant_prediction(task: seqio.Task, ids: np.ndarray) -> str | None:
     if len(ids) < 2 or (ids != ids[0]).any():
         return None
     text = task.output_features["targets"].vocabulary.decode(ids[0].tolist()).strip()
+    if is_image_task(task):
+        return text
     return labels.as_decoded(task).get(text, text)
 
 

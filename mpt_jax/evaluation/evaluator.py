@@ -199,6 +199,7 @@ class InferenceEvaluator:
         lengths = {
             name: [np.diff(table.offsets[name]).max() for table in self._tables.values()]
             for name in ("inputs", "targets")
+            if all(name in table.offsets for table in self._tables.values())
         }
         return {name: int(max(found)) for name, found in lengths.items()}
 

@@ -54,6 +54,8 @@ class PromptedDualEncoder(Model):
         labels: label rules that take precedence over the method's rules and over the rule that
             freezes the backbone.
         image_transform: turns an image into the pixels [S,S,3] that the backbone reads.
+        augmentation: turns a training image into randomly cropped pixels; None trains on the
+            pixels of the transform.
         feature_converter_cls: the class that turns SeqIO examples into batches; bound in gin.
         text_chunk: the number of class texts that are encoded at a time. With more texts, their
             activations are computed again in the backward pass, and texts of runs that are not in
@@ -79,6 +81,7 @@ class PromptedDualEncoder(Model):
         objective: class_losses.ClassObjective | None = None,
         labels: Rules = (),
         image_transform: Any = None,
+        augmentation: Any = None,
         feature_converter_cls: Callable[..., Any] | None = None,
         text_chunk: int = 128,
     ):
@@ -89,6 +92,7 @@ class PromptedDualEncoder(Model):
         self.input_vocabulary = tokenizer
         self.objective: Any = objective or class_losses.ClassObjective()
         self.image_transform = image_transform
+        self.augmentation = augmentation
         self.feature_converter_cls = feature_converter_cls
         self.bank = ClassBank.of(texts, runs, prompted=TEXT in prompt.parts)
         self.text_chunk = text_chunk
@@ -109,6 +113,11 @@ class PromptedDualEncoder(Model):
     def dropout_rate(self) -> float:
         """0, since CLIP has no dropout."""
         return 0.0
+
+    @property
+    def training_settings(self) -> dict[str, Any]:
+        """The settings of the augmentation."""
+        return {"augmentation": self.augmentation and self.augmentation.config()}
 
     @property
     def input_digests(self) -> Mapping[str, str]:
@@ -337,8 +346,9 @@ class PromptedDualEncoder(Model):
         return functools.partial(
             self.feature_converter_cls,
             transform=self.image_transform,
-            num_classes=self.texts.most_classes,
-            multi_label=self.texts.has_multi_label,
+            augmentation=self.augmentation,
+            num_classes=self.bank.count.tolist(),
+            multi_label=self.bank.is_multi_label.tolist(),
         )
 
 

@@ -85,6 +85,11 @@ class Model(abc.ABC):
         """The dropout rate in training."""
 
     @property
+    def training_settings(self) -> dict[str, Any]:
+        """Settings that training examples depend on, as JSON values, for the fingerprint."""
+        return {}
+
+    @property
     def input_digests(self) -> Mapping[str, str]:
         """Digests of what predictions depend on besides backbone, vocabulary and prompts, by the
         name of their field in artifacts (`<name>_sha256`)."""

@@ -15,12 +15,13 @@ names lists the images, and reports all rows that cannot be used.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import seqio
 
+from mpt_jax.core.runs import unknown_name
 from mpt_jax.data import image_preprocessors
 from mpt_jax.data.classes import (
     ClassVocabulary,
@@ -30,7 +31,7 @@ from mpt_jax.data.classes import (
     normalized,
     readable,
 )
-from mpt_jax.tasks import few_shot, text_metrics
+from mpt_jax.tasks import few_shot, image_metrics, text_metrics
 from mpt_jax.tasks.image_arrays import ArrayImages
 from mpt_jax.tasks.image_few_shot import read_index, register_selection, write_index
 from mpt_jax.tasks.image_files import FolderImages, TableImages
@@ -59,7 +60,6 @@ __all__ = [
 
 TEMPLATES = ("a photo of a {}.",)
 METRICS = ("accuracy", "mean_per_class", "map_11point", "roc_auc")
-_METRICS_MODULE = "mpt_jax.tasks.image_metrics"
 
 ClassNames = Sequence[str] | Mapping[str, str] | None
 
@@ -118,15 +118,15 @@ def register(
     names = class_names
     if isinstance(source, ImageSource) and not callable(class_names):
         names = functools.partial(names_of, source, class_names)
+    classes = ClassVocabulary(names, templates, multi_label)
     task = seqio.Task(
         name,
         source=source,
-        output_features=image_preprocessors.output_features(
-            ClassVocabulary(names, templates, multi_label)
-        ),
+        output_features=image_preprocessors.output_features(classes),
         preprocessors=image_preprocessors.finish(name),
+        postprocess_fn=functools.partial(_class_ids, classes),
         metric_fns=[
-            text_metrics.of_task(name, metric(fn) if isinstance(fn, str) else fn)
+            text_metrics.of_task(name, metric(fn, classes) if isinstance(fn, str) else fn)
             for fn in metric_fns
         ],
     )
@@ -172,22 +172,37 @@ def names_of(source: ImageSource, class_names: ClassNames) -> list[str]:
     return [found[normalized(x)] for x in ids]
 
 
-def metric(name: str) -> Callable[..., Any]:
-    """Returns the SeqIO metric `(targets, scores)` of a name of `METRICS`.
+def metric(name: str, classes: ClassVocabulary) -> Callable[..., Any]:
+    """Returns the SeqIO metric `(targets, scores)` of a name of `METRICS`, for a task with these
+    classes. Models return as many scores as the task with the most classes has; only those of the
+    task's own classes are read.
 
     Raises:
         ValueError: the name is unknown.
     """
     if name not in METRICS:
-        raise ValueError(f"Unknown image metric {name!r}. Use one of {', '.join(METRICS)}.")
+        raise ValueError(unknown_name("image metric", name, METRICS))
 
     def scored(targets: Sequence[Any], scores: Any) -> dict[str, Any]:
-        function = getattr(importlib.import_module(_METRICS_MODULE), name)
-        return function(scores, targets)
+        own = np.asarray(scores)[:, : len(classes.names)]
+        return getattr(image_metrics, name)(targets, own)
 
     scored.__name__ = name
     scored.value_names = (name,)  # type: ignore[attr-defined]
     return scored
+
+
+def _class_ids(
+    classes: ClassVocabulary, output: str, example: Any = None, is_target: bool = False
+) -> Any:
+    """Returns what metrics compare: of a target, its class id, or a multi-hot row if an example may
+    have several classes; of a prediction, the names of its classes."""
+    if not is_target:
+        return output
+    ids = np.asarray(example["targets"])
+    if not classes.multi_label:
+        return int(ids[0])
+    return np.isin(np.arange(len(classes.names)), ids).astype(np.int32)
 
 
 def _some(names: Sequence[str]) -> str:
