@@ -145,6 +145,21 @@ class ClipTokenizer:
         return tuple(self._ids[part] for part in parts)
 
 
+@functools.cache
+def load(path: str, command: str = "") -> ClipTokenizer:
+    """Returns the tokenizer in a backbone's folder; see `ClipTokenizer.from_folder`.
+
+    Args:
+        path: the folder.
+        command: the command that gets the backbone, shown in the error if it is missing.
+    """
+    try:
+        return ClipTokenizer.from_folder(path)
+    except FileNotFoundError as error:
+        how = f" To get one: {command}." if command else ""
+        raise FileNotFoundError(f"{error}{how}") from error
+
+
 def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
     """Returns parts with all occurrences of a pair joined, from left to right."""
     joined, position = [], 0

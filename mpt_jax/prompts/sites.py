@@ -247,6 +247,16 @@ class SitePrompts(PromptMethod):
         return cls(**methods, text_classes=checked.text_classes, image_layers=checked.image_layers)
 
 
+def num_rows(positions: int, parts: int) -> int:
+    """Returns the `prompt_length` of a site's method, for use in gin files.
+
+    Args:
+        positions: P, the number of positions of one prompt.
+        parts: the number of layers, or of classes, that have a prompt each.
+    """
+    return positions * parts
+
+
 class _Part(msgspec.Struct):
     """The schema of one site in an artifact's settings."""
 

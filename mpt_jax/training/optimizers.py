@@ -27,7 +27,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Bool, Params
 from mpt_jax.core.tree import Rules, flatten, label_tree, path_name
 from mpt_jax.training.row_transforms import Rows, _pick_rows, by_row, clip_by_group_norm, row_groups
-from mpt_jax.training.schedules import PerGroup, Schedule
+from mpt_jax.training.schedules import EpochCosine, PerGroup, Schedule
 
 # Label for step counters: not trained; incremented once per step.
 STEP_COUNTER = "clock"
@@ -55,7 +55,7 @@ class PromptOptimizer:
             `rule`.
     """
 
-    learning_rates: Mapping[str, Schedule]
+    learning_rates: Mapping[str, Schedule | EpochCosine]
     weight_decay: float = 1e-5
     weight_decay_times_rate: bool = True
     clip_norm: PerGroup | None = 1.0
@@ -261,6 +261,15 @@ def adafactor() -> optax.GradientTransformation:
         optax.scale_by_factored_rms(factored=False, decay_rate=0.8),
         optax.clip_by_block_rms(1.0),
     )
+
+
+def sgd(momentum: float = 0.9, weight_decay: float = 5e-4) -> optax.GradientTransformation:
+    """Stochastic gradient descent as in the released code of CoOp: momentum without dampening, and
+    weight decay that is added to the gradient, before the momentum.
+
+    Set `PromptOptimizer.weight_decay` to 0, which would decay again.
+    """
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(momentum))
 
 
 def _parts(labels: Mapping[str, str], rows: Rows) -> dict[str, str]:

@@ -83,6 +83,48 @@ class Schedule:
         return pick(self.peak) * ramp * decays[self.decay]
 
 
+@dataclasses.dataclass(frozen=True)
+class EpochCosine:
+    """Learning rate of CoOp's released code, which changes once per epoch.
+
+    In the first epoch it is `warmup_rate`. In epoch e = 1, 2, ... it is
+    `peak (1 + cos(pi (e - 1) / E)) / 2` with E epochs in all, so it never reaches zero. All fields
+    take one number, or one per group.
+
+    Attributes:
+        peak: the learning rate of the second epoch.
+        total_steps: the number of steps of all epochs.
+        steps_per_epoch: the number of steps of an epoch, at least 1.
+        warmup_rate: the learning rate of the first epoch.
+
+    Raises:
+        ValueError: `steps_per_epoch` is less than 1.
+    """
+
+    peak: PerGroup
+    total_steps: PerGroup
+    steps_per_epoch: PerGroup
+    warmup_rate: PerGroup = 1e-5
+
+    def __post_init__(self):
+        if np.min(self.steps_per_epoch) < 1:
+            raise ValueError(
+                f"EpochCosine.steps_per_epoch must be at least 1, got {self.steps_per_epoch}. Set "
+                "STEPS_PER_EPOCH to the number of training examples of a run over BATCH_SIZE."
+            )
+
+    def __call__(
+        self, step: Int[Array, "..."], group: Int[Array, "..."] | int = 0
+    ) -> Float[Array, "..."]:
+        """Returns the learning rate of a group at a step, counted from 0."""
+        pick = lambda value: per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
+        length = pick(self.steps_per_epoch)
+        epoch = jnp.floor(jnp.asarray(step, jnp.float32) / length)
+        epochs = jnp.ceil(pick(self.total_steps) / length)
+        cosine = 0.5 * pick(self.peak) * (1 + jnp.cos(jnp.pi * (epoch - 1) / epochs))
+        return jnp.where(epoch < 1, pick(self.warmup_rate), cosine)
+
+
 def per_group(value: PerGroup) -> Array:
     """Returns a setting as a float32 array: [1] for all groups, or [G]."""
     return jnp.atleast_1d(jnp.asarray(value, jnp.float32))

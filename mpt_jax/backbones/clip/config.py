@@ -186,6 +186,22 @@ class CLIPConfig:
             object.__setattr__(self, name, values)
 
 
+def image_size(config: CLIPConfig) -> int:
+    """Returns S, the height and width of an image in pixels, for use in gin files."""
+    return config.image.image_size
+
+
+def num_image_layers(config: CLIPConfig) -> int:
+    """Returns Y, the number of layers of the image tower, for use in gin files."""
+    return config.image.num_layers
+
+
+def image_prompt_scale(config: CLIPConfig) -> float:
+    """Returns the bound of VPT's uniform initial values, `sqrt(6 / (3 p^2 + H))`, for patches of p
+    pixels (arXiv 2203.12119)."""
+    return math.sqrt(6 / (CHANNELS * config.image.patch_size**2 + config.image.emb_dim))
+
+
 def architecture(config: CLIPConfig) -> dict[str, Any]:
     """Returns, as JSON values, the fields that the features of a model depend on, by dotted name.
 

@@ -1,0 +1,51 @@
+"""Class texts of a job's tasks, for the model of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mpt_jax.backbones.clip.config import CLIPConfig
+from mpt_jax.data.classes import classes_of
+from mpt_jax.data.task_lookup import find_task, import_suites
+from mpt_jax.models.class_texts import ClassTexts, TaskClasses, class_texts
+
+
+def texts_of_tasks(
+    task_names: Sequence[str],
+    tokenizer: Any,
+    config: CLIPConfig,
+    context_length: int = 0,
+    position: str = "end",
+    modules: Sequence[str] = (),
+) -> ClassTexts:
+    """Returns the class texts of registered image tasks.
+
+    Args:
+        task_names: the names of the tasks; a name may occur more than once.
+        tokenizer: the backbone's tokenizer.
+        config: the configuration of the backbone, which has a text tower.
+        context_length, position: see `class_texts`.
+        modules: the modules that register the tasks; imported first.
+
+    Raises:
+        ValueError: a module or task is unknown, a task is not an image task, the backbone has no
+            text tower or another vocabulary than the tokenizer, or as in `class_texts`.
+    """
+    if config.text is None:
+        raise ValueError(
+            "The backbone has no text tower, so it cannot compare images with class names. Set "
+            "CLIP_NAME or INITIAL_CHECKPOINT_PATH to a CLIP model."
+        )
+    if tokenizer.vocab_size != config.text.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {tokenizer.vocab_size} ids, but the backbone embeds "
+            f"{config.text.vocab_size}. Set CLIP_TOKENIZER to the folder with the vocab.json and "
+            "merges.txt of the backbone."
+        )
+    import_suites(modules, task_names)
+    tasks = []
+    for name in dict.fromkeys(task_names):
+        classes = classes_of(find_task(name))
+        tasks.append(TaskClasses(name, classes.names, classes.templates, classes.multi_label))
+    return class_texts(tasks, tokenizer, config.text.context_length, context_length, position)
