@@ -166,6 +166,13 @@ def test_tasks_with_different_classes_can_be_mixed(folder):
         classes_of(mixture)
 
 
+def test_image_that_cannot_be_decoded_fails_and_says_which(folder):
+    (folder / "cat" / "00.png").write_bytes((folder / "cat" / "00.png").read_bytes()[:40])
+    images.register("truncated", images.FolderImages(folder))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="example cat/00.png"):
+        rows("truncated")
+
+
 def test_function_source_of_the_user_needs_all_class_names():
     def read(split, shuffle_files, seed=None):
         png = tf.io.encode_png(tf.zeros([2, 2, 3], tf.uint8))
@@ -179,17 +186,17 @@ def test_function_source_of_the_user_needs_all_class_names():
         images.register("mine_too", source)
 
 
-def test_metrics_are_named_and_called_with_scores_first(folder, monkeypatch):
+def test_metrics_are_found_by_name_and_given_scores(folder, monkeypatch):
     class Module:
         @staticmethod
-        def accuracy(scores, labels):
-            return {"accuracy": (scores, labels)}
+        def accuracy(targets, scores):
+            return {"accuracy": (targets, scores)}
 
     monkeypatch.setattr("importlib.import_module", lambda name: Module)
     images.register("scored", images.FolderImages(folder))
     task = seqio.TaskRegistry.get("scored")
     (metric,) = task.metric_fns
-    assert metric("targets", "scores") == {"accuracy": ("scores", "targets")}
+    assert metric("targets", "scores") == {"accuracy": ("targets", "scores")}
     assert task.score_metric_fns and not task.predict_metric_fns
 
 
