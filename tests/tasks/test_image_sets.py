@@ -10,12 +10,15 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from mpt_jax.data import task_lookup
 from mpt_jax.data.classes import check_names, classes_of, normalized
 from mpt_jax.tasks import image_tables, images
 from mpt_jax.tasks.image_sets import class_names, coop, elevater, kitti, rows, templates, voc
 from tests.fixtures import image_tfds_data, picture_files
 from tests.fixtures.gin_files import ROOT
+
+pytestmark = pytest.mark.usefixtures("data_dir", "own_tasks")
+
+read = picture_files.rows
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
@@ -77,21 +80,6 @@ def folder(tmp_path_factory):
         # Names of CIFAR are known when it is built; here in another order.
         image_tfds_data.write(path, name, CIFAR10[::-1] if name.startswith("cifar10:") else None)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _data(folder):
-    seqio.set_tfds_data_dir_override(str(folder))
-    before = set(seqio.TaskRegistry.names())
-    yield
-    seqio.set_tfds_data_dir_override(None)
-    for name in set(seqio.TaskRegistry.names()) - before:
-        seqio.TaskRegistry.remove(name)
-
-
-def read(task: str, split: str) -> list[dict]:
-    dataset = task_lookup.find_task(task).get_dataset(None, split, shuffle=False)
-    return list(dataset.as_numpy_iterator())
 
 
 # --- The tables -------------------------------------------------------------------------------
