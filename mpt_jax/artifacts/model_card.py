@@ -22,7 +22,7 @@ from absl import logging
 from etils import epath
 
 from mpt_jax.core.runs import Runs, data_name
-from mpt_jax.prompts.base import get_method
+from mpt_jax.prompts.base import method_from_config
 
 NAME = "README.md"
 # A metric that is 1 if all predictions of a run were the same while its targets differed; absent
@@ -162,7 +162,8 @@ def _front_matter(config: Mapping[str, Any]) -> str:
     base = f"base_model: {json.dumps(backbone)}"
     if not _HUB_NAME.fullmatch(backbone):
         base = f"# base_model: {TO_FILL}, the backbone's name on the hub"
-    tags = ["prompt-tuning", "soft-prompt", "t5", "jax", config["method"]]
+    network = "clip" if _is_of_images(config) else "t5"
+    tags = ["prompt-tuning", "soft-prompt", network, "jax", config["method"]]
     return "\n".join(
         ["---", f"# license: {TO_FILL}", base, "library_name: mpt_jax", "tags:"]
         + [f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)]
@@ -190,22 +191,34 @@ def _summary(config: Mapping[str, Any], facts: Facts) -> str:
         "sha256 of its embedding, as bfloat16": f"`{config['embedding_sha256']}`",
         "sha256 of its weights, as bfloat16": _code(config.get("backbone_sha256")),
         "sha256 of the vocabulary": _code(config["vocabulary_sha256"]),
+        "sha256 of the image transform": _code(config.get("image_transform_sha256")),
         "sha256 of the prompts it started from": _code(started),
     }
     known = [(name, value) for name, value in rows.items() if value is not None]
     return (
         f"# Soft prompts for {subject}\n\n"
-        "Soft prompts of a T5, in the format of MPT-JAX. They work with the backbone and the "
+        f"Soft prompts of a {'CLIP' if _is_of_images(config) else 'T5'}, in the format of MPT-JAX. "
+        "They work with the backbone and the "
         f"vocabulary whose digests are below, and with no other:\n{_how_to_read(config)}\n\n"
         + _table(("", ""), known)
     )
 
 
+def _is_of_images(config: Mapping[str, Any]) -> bool:
+    return "image_transform_sha256" in config
+
+
 def _how_to_read(config: Mapping[str, Any]) -> str:
     """Returns a sentence on how to read the prompts, which depends on the method."""
-    method = get_method(config["method"])(**config["method_config"])
+    method = method_from_config(config["method"], config["method_config"], "The artifact")
     runs = Runs(config["task_names"], config["run_names"], config["groups"])
     read = "mpt_jax.artifacts.artifacts.load_artifact(FOLDER)"
+    if len(method.parts) > 1 or "" not in method.parts:
+        return (
+            f"`{read}` gives the method and its parameters. The plain prompts "
+            f"({' and '.join(method.parts)}) of each run are below `folded/` in "
+            "prompts.safetensors."
+        )
     if method.reads_text:
         return (
             f"`{read}` gives the method and its parameters, of which `method.compose` makes the "

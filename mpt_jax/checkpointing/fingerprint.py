@@ -172,7 +172,11 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
         for field in dataclasses.fields(schedule)
         if field.name != "total_steps"
     }
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in (settings | rates).items()
-    }
+    return {name: _json_value(value) for name, value in (settings | rates).items()}
+
+
+def _json_value(value: Any) -> Any:
+    """Returns a setting as a JSON value: a function, such as the optimizer's rule, by its name."""
+    if callable(value):
+        return getattr(value, "__name__", repr(value))
+    return list(value) if isinstance(value, tuple) else value

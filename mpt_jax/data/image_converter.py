@@ -28,6 +28,9 @@ from mpt_jax.data.preprocessors import TASK_IDS, map_dataset, task_id
 from mpt_jax.data.token_tables import PASS_NUMBERS
 
 
+_Spec = seqio.FeatureConverter.FeatureSpec
+
+
 class PromptImageConverter(seqio.FeatureConverter):
     """Converts features of image tasks into the batch contract of images.
 
@@ -45,14 +48,21 @@ class PromptImageConverter(seqio.FeatureConverter):
         ValueError: `pack` is True.
     """
 
-    _string = seqio.FeatureConverter.FeatureSpec(dtype=tf.string)
-    _number = seqio.FeatureConverter.FeatureSpec(dtype=tf.int32)
     TASK_FEATURES = {
-        IMAGE: _string,
-        TARGETS: _number,
-        TASK_IDS: _number,
-        EXAMPLE_NAMES: _string,
+        IMAGE: _Spec(dtype=tf.string),
+        TARGETS: _Spec(dtype=tf.int32),
+        TASK_IDS: _Spec(dtype=tf.int32),
+        EXAMPLE_NAMES: _Spec(dtype=tf.string),
     }
+    MODEL_FEATURES = {
+        "image": _Spec(dtype=tf.uint8, rank=3),
+        "task_ids": _Spec(dtype=tf.int32, rank=0),
+        "label": _Spec(dtype=tf.int32, rank=0),
+        "labels": _Spec(dtype=tf.float32),
+        "loss_weights": _Spec(dtype=tf.float32, rank=0),
+        "example_ids": _Spec(dtype=tf.int32, rank=0),
+    }
+    PACKING_FEATURE_DTYPES = {}
 
     def __init__(
         self,

@@ -101,7 +101,7 @@ class InferenceEvaluator:
                 eval_split=cfg.split,
                 use_cached=cfg.use_cached,
                 seed=cfg.seed,
-                sequence_length=cfg.task_feature_lengths,
+                sequence_length=cfg.task_feature_lengths or None,  # {} of images
                 **settings,
             )
         compared = [decoded_text.compared(task) for task in self._evaluator.eval_tasks]
