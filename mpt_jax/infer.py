@@ -31,6 +31,8 @@ from mpt_jax.checkpointing import checkpoint_config, restore_states
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import datasets, task_lookup, token_tables, validation
+from mpt_jax.data.classes import is_image_task
+from mpt_jax.data.image_preprocessors import EXAMPLE_NAMES
 from mpt_jax.data.iterators import HostShard
 from mpt_jax.evaluation.periodic_eval import on_device
 from mpt_jax.models.model import Model
@@ -211,13 +213,15 @@ def _one_state(
 def _made_from(model: Model, state: TrainState, read: Any) -> dict[str, Any]:
     """Returns a record that identifies the parameters and the decoding function, as JSON values."""
     paths = [read] if isinstance(read, str) else read
-    decode = getattr(model.decode_fn, "func", model.decode_fn)  # of a partial
-    return {
+    record = {
         "read": [str(epath.Path(path).absolute()) for path in paths],
         "step": int(state.step),
         "trained_sha256": artifacts.digest(flatten(to_host(state.trainable))),
-        "decode_fn": getattr(decode, "__name__", type(decode).__name__),
     }
+    if model.decode_fn is None:  # of classes
+        return record
+    decode = getattr(model.decode_fn, "func", model.decode_fn)  # of a partial
+    return record | {"decode_fn": getattr(decode, "__name__", type(decode).__name__)}
 
 
 def _asked(cfg: datasets.DatasetConfig, mode: str, output_feature: str) -> dict[str, Any]:
@@ -265,9 +269,13 @@ def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], convert
 
 
 def _examples(cfg: datasets.DatasetConfig, task: seqio.Task, converter: Any) -> tf.data.Dataset:
-    """Returns a dataset of pairs (texts, model features): all examples, in the task's order."""
+    """Returns a dataset of pairs (texts, model features): all examples, in the task's order. The
+    texts of an image are its name."""
     dataset = _dataset(cfg, task)
-    texts = dataset.map(lambda x: {name: x[name] for name in x if name.endswith(TEXT)})
+    if is_image_task(task):
+        texts = dataset.map(lambda x: {EXAMPLE_NAMES: x[EXAMPLE_NAMES][0]})
+    else:
+        texts = dataset.map(lambda x: {name: x[name] for name in x if name.endswith(TEXT)})
     return tf.data.Dataset.zip((texts, converter(dataset, cfg.task_feature_lengths)))
 
 
@@ -353,7 +361,9 @@ def _lines(
 
 def _answer(outputs: Any, row: int, mode: str, vocabulary: Any) -> dict[str, Any]:
     if mode == "score":
-        return {"score": float(outputs[row])}
+        score = np.asarray(outputs[row])
+        # Of each class of an image's task; classes that do not exist score minus infinity.
+        return {"score": score[np.isfinite(score)].tolist() if score.ndim else float(score)}
     tokens, aux = outputs if mode == "predict_with_aux" else (outputs, {})
     answer: dict[str, Any] = {"prediction": vocabulary.decode(tokens[row].tolist())}
     if mode == "predict_with_aux":

@@ -27,7 +27,6 @@ from mpt_jax.data.image_preprocessors import EXAMPLE_NAMES, IMAGE, example_id
 from mpt_jax.data.preprocessors import TASK_IDS, map_dataset, task_id
 from mpt_jax.data.token_tables import PASS_NUMBERS
 
-
 _Spec = seqio.FeatureConverter.FeatureSpec
 
 

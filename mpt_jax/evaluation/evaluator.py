@@ -24,8 +24,10 @@ from mpt_jax.artifacts import model_card
 from mpt_jax.batching.collate import Batch
 from mpt_jax.data import datasets, in_memory, task_lookup, token_tables, validation
 from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.data.image_preprocessors import IMAGE
 from mpt_jax.data.iterators import EvalBatches, HostShard
 from mpt_jax.data.labels import labels_of
+from mpt_jax.data.preprocessors import map_dataset
 from mpt_jax.evaluation import decoded_text, ranking
 
 PREDICTION = seqio.metrics.ModelOutputType.PREDICTION  # type: ignore[attr-defined]
@@ -324,9 +326,13 @@ class _Joining:
     def __init__(self, logger: Any, extra: Mapping[str, Mapping[str, float]]):
         self._logger, self._extra = logger, extra
 
-    def __call__(self, *, task_name: str, metrics: Mapping[str, Any], **rest: Any) -> None:
+    def __call__(
+        self, *, task_name: str, metrics: Mapping[str, Any], dataset: Any = None, **rest: Any
+    ) -> None:
         extra = {k: seqio.metrics.Scalar(v) for k, v in self._extra.get(task_name, {}).items()}  # type: ignore[attr-defined]
-        self._logger(task_name=task_name, metrics={**metrics, **extra}, **rest)
+        if dataset is not None and IMAGE in dataset.element_spec:  # not written beside predictions
+            dataset = map_dataset(dataset, lambda x: {k: v for k, v in x.items() if k != IMAGE})
+        self._logger(task_name=task_name, metrics={**metrics, **extra}, dataset=dataset, **rest)
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -328,8 +328,15 @@ class PromptedDualEncoder(Model):
         self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
     ) -> Int[Array, "B 1"]:
         """Returns the id of each example's most probable class, within its task."""
+        return self.predict_batch_with_aux(params, batch)[0]
+
+    def predict_batch_with_aux(
+        self, params: Params, batch: Batch, rng: Key | None = None, **settings: Any
+    ) -> tuple[Int[Array, "B 1"], dict[str, Array]]:
+        """Returns the id of each example's most probable class, and its log probability as
+        `{'scores': [B]}`."""
         scores = self.score_batch(params, batch)
-        return jnp.argmax(scores, axis=-1)[:, None].astype(jnp.int32)
+        return jnp.argmax(scores, axis=-1)[:, None].astype(jnp.int32), {"scores": scores.max(-1)}
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name

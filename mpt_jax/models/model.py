@@ -50,6 +50,7 @@ class Model(abc.ABC):
         labels: (regular expression, label) rules that give every parameter one label.
         optimizer_def: the optimizer, bound to the labels, runs and rows; None without training.
         input_vocabulary, output_vocabulary: the vocabularies; None if unknown.
+        decode_fn: the decoding function; None if a model predicts classes.
         expected_rows: the number of rows in T5X's batch, set by the T5X adapter.
         backbone_pattern: the regular expression of the backbone's parameters.
         optional_pattern: the regular expression of the backbone's parameters that start from zero
@@ -66,6 +67,7 @@ class Model(abc.ABC):
     optimizer_def: Any
     input_vocabulary: Any
     output_vocabulary: Any
+    decode_fn: Callable[..., Any] | None = None
     expected_rows: int | None = None
     backbone_pattern: str
     optional_pattern: str
@@ -246,6 +248,12 @@ class Model(abc.ABC):
         self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
     ) -> Int[Array, "B _"]:
         """Returns the ids of each example's prediction."""
+
+    @abc.abstractmethod
+    def predict_batch_with_aux(
+        self, params: Params, batch: Batch, rng: Key | None = None, **settings: Any
+    ) -> tuple[Int[Array, "..."], dict[str, Array]]:
+        """Returns the ids of each example's prediction, and `{'scores': [B]}`."""
 
     @abc.abstractmethod
     def score_batch(

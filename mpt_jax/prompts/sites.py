@@ -64,8 +64,8 @@ class SitePrompts(PromptMethod):
             With 1, tokens are inserted in the first layer only.
 
     Raises:
-        ValueError: neither site has a method, a method reads texts, an image prompt starts from
-            token embeddings, or rows do not divide into classes or layers.
+        ValueError: neither site has a method, a method reads texts, or rows do not divide into
+            classes or layers.
     """
 
     text_context: PromptMethod | None = None
@@ -88,13 +88,6 @@ class SitePrompts(PromptMethod):
                     f"inputs are images, so it cannot compose {site}. Choose a method whose "
                     "prompts depend only on the task, such as prompt_tuning, mpt or shared_prompt."
                 )
-        init = getattr(self.image_tokens, "init_prompt", None)
-        if isinstance(init, SampledVocabulary | ClassLabels | Text):
-            raise ValueError(
-                f"Image tokens cannot start from token embeddings ({type(init).__name__}), which "
-                "are inputs of the text encoder. Set IMAGE_INIT to @init.Uniform() or "
-                "@init.Normal()."
-            )
         _check_divides(self.text_context, TEXT, self.text_classes or 1, "text_classes")
         _check_divides(self.image_tokens, IMAGE, self.image_layers, "image_layers")
 
@@ -152,6 +145,13 @@ class SitePrompts(PromptMethod):
     # --- Methods of the protocol ------------------------------------------------------------------
 
     def init(self, key, runs, context):
+        start = getattr(self.image_tokens, "init_prompt", None)
+        if isinstance(start, SampledVocabulary | ClassLabels | Text):
+            raise ValueError(
+                f"Image tokens cannot start from token embeddings ({type(start).__name__}), which "
+                "are inputs of the text encoder. Set IMAGE_INIT to @init.Uniform() or "
+                "@init.Normal()."
+            )
         without_vocabulary = jnp.zeros((0, context.image_width), jnp.float32)
         contexts = {TEXT: context, IMAGE: InitContext(without_vocabulary)}
         return {

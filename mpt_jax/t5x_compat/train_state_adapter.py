@@ -78,14 +78,14 @@ class Host:
 
     @functools.cached_property
     def axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Logical axes by parameter name. Prompts are replicated on every device, so their axes
-        are None and T5X's rules do not need them."""
+        """Logical axes by parameter name. Prompts and features of class texts are replicated on
+        every device, so their axes are None and T5X's rules do not need them."""
         is_axes = lambda x: isinstance(x, nn_partitioning.AxisMetadata)  # noqa: E731
         named = flatten(unfreeze(dict(self.logical_axes)), is_leaf=is_axes)
         axes = {}
         for name, leaf in flatten(self.shapes).items():
             names = tuple(named[f"{name}_axes"].names)
-            if name.startswith(("prompt/", "teacher/")):
+            if name.startswith(("prompt/", "teacher/", "class_features/")):
                 names = (None,) * len(leaf.shape)
             axes[name] = names
         return axes

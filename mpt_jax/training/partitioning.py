@@ -65,7 +65,7 @@ def standard_logical_axis_rules(
     if dims == (1, 1):
         rules.append(("embed", None))
     whole = ("kv", "relpos_buckets", "abspos_buckets", "length", "layers", "stack")
-    rules += [(axis, None) for axis in (*whole, "mlp_activations", "patch", "joint")]
+    rules += [(axis, None) for axis in (*whole, "mlp_activations", "patch", "joint", "classes")]
     return (*(additional_rules or ()), *PROMPT_RULES, *rules)
 
 
