@@ -25,15 +25,18 @@ EVAL_MODES = ("TRAIN_EVAL", "INFER_EVAL")
 
 
 def on_device(
-    function: Callable[..., Any], partitioner: PjitPartitioner
+    function: Callable[..., Any],
+    partitioner: PjitPartitioner,
+    prepare: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = dict,
 ) -> Callable[[Params, Mapping[str, np.ndarray]], Any]:
     """Compiles `function(params, batch)`. The compiled function takes this host's rows of a batch
-    and returns the outputs for the rows of all hosts, as NumPy arrays."""
+    and returns the outputs for the rows of all hosts, as NumPy arrays. `prepare` is called with
+    these rows first."""
     compiled = jax.jit(function)
 
     def run(params: Params, batch: Mapping[str, np.ndarray]) -> Any:
         with partitioner.activate():
-            outputs = compiled(params, partitioner.shard_batch(batch))
+            outputs = compiled(params, partitioner.shard_batch(prepare(batch)))
         return multihost_utils.process_allgather(outputs, tiled=True)
 
     return run
@@ -81,8 +84,9 @@ class PeriodicEvaluator:
                     f"train.actions[{mode!r}] ({names}) would never run, because {cfg} is None. "
                     f"Bind {cfg}, or remove {mode} from train.actions."
                 )
-        self._predict = on_device(self.trainer.model.predict_batch, self.trainer.partitioner)
-        self._score = on_device(self.trainer.model.score_batch, self.trainer.partitioner)
+        model, prepare = self.trainer.model, self.trainer.with_image_features
+        self._predict = on_device(model.predict_batch, self.trainer.partitioner, prepare)
+        self._score = on_device(model.score_batch, self.trainer.partitioner, prepare)
 
     @property
     def _selecting(self) -> selection.SelectBest | None:

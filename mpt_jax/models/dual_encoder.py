@@ -25,10 +25,11 @@ from flax import linen as nn
 
 from mpt_jax.backbones.clip.network import CLIP
 from mpt_jax.core.runs import Runs
-from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int, Key, Params
+from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
 from mpt_jax.core.tree import Rules, flatten, unflatten
 from mpt_jax.models import class_losses, losses, metrics
 from mpt_jax.models.class_bank import ClassBank
+from mpt_jax.models.class_interface import ClassInterface
 from mpt_jax.models.class_texts import ClassTexts
 from mpt_jax.models.model import FROZEN, Model, RowCost
 from mpt_jax.models.prompt_insertion import NUMBERS
@@ -40,7 +41,7 @@ BACKBONE = r"(image_encoder|text_encoder)/.*|logit_scale"
 FEATURES = "class_features"
 
 
-class PromptedDualEncoder(Model):
+class PromptedDualEncoder(ClassInterface, Model):
     """A dual encoder that compares images with class texts.
 
     Args:
@@ -186,8 +187,8 @@ class PromptedDualEncoder(Model):
 
     def logits(
         self, params: Params, batch: Batch, prompt_rng: Key | None = None
-    ) -> tuple[Float[Array, "B _"], Bool[Array, "B C"]]:
-        """Returns the scaled cosines with the classes that compete, and which classes are own.
+    ) -> Float[Array, "B _"]:
+        """Returns the scaled cosines with the classes that compete.
 
         Args:
             params: the whole parameter tree.
@@ -195,26 +196,47 @@ class PromptedDualEncoder(Model):
             prompt_rng: the random key of methods that draw prompts.
 
         Returns:
-            Logits [B, C] over the classes of each example's task, in the order of their ids, or
-            [B, N] over all classes if `softmax` is `'union'`; minus infinity at classes that do not
-            compete. And whether class c < C exists in the example's task, [B, C].
+            `own_logits` [B, C], or logits [B, N] over all entries of the bank if `softmax` is
+            `'union'`; minus infinity at classes that do not compete.
         """
+        if self.objective.softmax == class_losses.OWN:
+            return self.own_logits(params, batch, prompt_rng)
+        images, texts, scale = self._features(params, batch, prompt_rng)
+        competes = self.bank.competes(batch["task_ids"])
+        return jnp.where(competes, scale * images @ texts.T, -jnp.inf)
+
+    def own_logits(
+        self, params: Params, batch: Batch, prompt_rng: Key | None = None
+    ) -> Float[Array, "B C"]:
+        """Returns the scaled cosines with the classes of each example's task, in the order of their
+        ids; minus infinity at classes that the task does not have."""
+        images, texts, scale = self._features(params, batch, prompt_rng)
+        cosines = self.bank.own_cosines(images, texts, batch)
+        return jnp.where(self.bank.is_own(batch["task_ids"]), scale * cosines, -jnp.inf)
+
+    def _features(
+        self, params: Params, batch: Batch, prompt_rng: Key | None
+    ) -> tuple[Float[Array, "B U"], Float[Array, "N U"], Float[Array, ""]]:
+        """Returns the features of images and of class texts, and the scale of their cosines."""
         key = None if prompt_rng is None else jax.random.fold_in(prompt_rng, 2)
-        images = self._image_features(params, batch, key)
+        images = self.image_features(params, batch, key)
         if FEATURES in params:
             texts = params[FEATURES]["table"]
         else:
             texts = self._text_features(params, batch, key)
-        scale = jnp.exp(params["logit_scale"].astype(jnp.float32))
-        own = self.bank.is_own(batch["task_ids"])
-        if self.objective.softmax == class_losses.UNION:
-            competes = self.bank.competes(batch["task_ids"])
-            scores = scale * jnp.einsum("bu,nu->bn", images, texts)
-            return jnp.where(competes, scores, -jnp.inf), own
-        return jnp.where(own, scale * self.bank.own_cosines(images, texts, batch), -jnp.inf), own
+        return images, texts, jnp.exp(params["logit_scale"].astype(jnp.float32))
 
-    def _image_features(self, params: Params, batch: Batch, key: Key | None) -> Array:
-        """Returns normalized features [B, U]."""
+    def image_features(
+        self, params: Params, batch: Batch, key: Key | None = None
+    ) -> Float[Array, "B U"]:
+        """Returns the normalized features of a batch's images, or its `image_features` if it has
+        them (`training.image_cache`).
+
+        Args:
+            params: the parameters; without a prompt in the image encoder, only the backbone's.
+            batch: the batch contract's features.
+            key: the random key of methods that draw prompts.
+        """
         if "image_features" in batch:
             return batch["image_features"]
         prompts = None
@@ -278,13 +300,17 @@ class PromptedDualEncoder(Model):
         prompt_rng: Key | None = None,
     ) -> tuple[losses.Sums, metrics.StepMetrics]:
         """Returns the sum [G] of every loss term, and the metrics of each run; see `Model`."""
-        logits, own = self.logits(params, batch, dropout_rng if prompt_rng is None else prompt_rng)
+        key = dropout_rng if prompt_rng is None else prompt_rng
+        logits = self.logits(params, batch, key)
         target, has_label = batch["label"], batch["label"] >= 0
         if self.objective.softmax == class_losses.UNION:
-            target = self.bank.first[batch["task_ids"]] + jnp.maximum(target, 0)
+            target = jnp.asarray(self.bank.first)[batch["task_ids"]] + jnp.maximum(target, 0)
         each = class_losses.class_cross_entropy(logits, target)
         if "labels" in batch:
-            binary = class_losses.multi_label_cross_entropy(logits, batch["labels"], own)
+            own = self.bank.is_own(batch["task_ids"])
+            binary = class_losses.multi_label_cross_entropy(
+                self.own_logits(params, batch, key), batch["labels"], own
+            )
             each = jnp.where(has_label, each, binary)
         each = jnp.where(batch["loss_weights"] > 0, each, 0.0)  # padding may be infinite
         sums = {"cross_entropy": self._by_group(each, batch)}
@@ -299,64 +325,6 @@ class PromptedDualEncoder(Model):
     def _by_group(self, values: Array, batch: Batch) -> Array:
         groups = jnp.asarray(self.runs.group_of_row, jnp.int32)[batch["task_ids"]]
         return class_losses.by_group(values, batch, groups, self.runs.num_groups)
-
-    # --- Inference -------------------------------------------------------------------------------
-
-    def score_batch(
-        self, params: Params, batch: Batch, return_intermediates: bool = False
-    ) -> Float[Array, "B C"]:
-        """Returns the log probability of each class of the example's task, in nats; minus infinity
-        at classes that do not exist. In a multi-label task, every class has its own probability.
-
-        Raises:
-            ValueError: intermediates are requested.
-        """
-        if return_intermediates:
-            raise ValueError(
-                "score_batch cannot return intermediates. Set return_intermediates to False."
-            )
-        images = self._image_features(params, batch, None)
-        texts = params[FEATURES]["table"] if FEATURES in params else None
-        texts = self._text_features(params, batch, None) if texts is None else texts
-        scale = jnp.exp(params["logit_scale"].astype(jnp.float32))
-        own = self.bank.is_own(batch["task_ids"])
-        logits = jnp.where(own, scale * self.bank.own_cosines(images, texts, batch), -jnp.inf)
-        multi = jnp.asarray(self.bank.is_multi_label)[batch["task_ids"]][:, None]
-        return jnp.where(multi, jax.nn.log_sigmoid(logits), jax.nn.log_softmax(logits))
-
-    def predict_batch(
-        self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
-    ) -> Int[Array, "B 1"]:
-        """Returns the id of each example's most probable class, within its task."""
-        return self.predict_batch_with_aux(params, batch)[0]
-
-    def predict_batch_with_aux(
-        self, params: Params, batch: Batch, rng: Key | None = None, **settings: Any
-    ) -> tuple[Int[Array, "B 1"], dict[str, Array]]:
-        """Returns the id of each example's most probable class, and its log probability as
-        `{'scores': [B]}`."""
-        scores = self.score_batch(params, batch)
-        return jnp.argmax(scores, axis=-1)[:, None].astype(jnp.int32), {"scores": scores.max(-1)}
-
-    @property
-    def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
-        """The function with which T5X and our trainer build the feature converter.
-
-        Raises:
-            ValueError: `feature_converter_cls` is None.
-        """
-        if self.feature_converter_cls is None:
-            raise ValueError(
-                "This model has no feature converter. Bind PromptedDualEncoder."
-                "feature_converter_cls, as gin/models/prompted_clip.gin does."
-            )
-        return functools.partial(
-            self.feature_converter_cls,
-            transform=self.image_transform,
-            augmentation=self.augmentation,
-            num_classes=self.bank.count.tolist(),
-            multi_label=self.bank.is_multi_label.tolist(),
-        )
 
 
 def _check_context(prompt: SitePrompts, texts: ClassTexts) -> None:

@@ -26,6 +26,7 @@ from mpt_jax.models import metrics
 from mpt_jax.models.model import Model
 from mpt_jax.prompts.row_ops import rows_split_over
 from mpt_jax.training import oom, sparse_step
+from mpt_jax.training.image_cache import ImageCache
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.row_compaction import RowCompactor
 from mpt_jax.training.state import TrainState
@@ -101,9 +102,11 @@ class Trainer:
             holds only the bank rows of its own runs.
         teacher_cache: the settings of the cache for teacher outputs of examples that are seen
             again; None recomputes teacher outputs in every step.
+        image_cache: the settings of the cache for features of images that are seen again; None
+            encodes images in every step.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - gin binds each of them
         self,
         model: Model,
         state: TrainState,
@@ -113,6 +116,7 @@ class Trainer:
         learning_rate_fn: Callable[[Array], Any] | None = None,
         rows_by_run: bool = False,
         teacher_cache: TeacherCache | None = None,
+        image_cache: ImageCache | None = None,
     ):
         self.model = model
         self.state = state
@@ -125,6 +129,7 @@ class Trainer:
         self._teachers = None
         if teacher_cache is not None:
             self._teachers = teacher_cache.open(model, state, partitioner, parts, rows_by_run)
+        self._images = image_cache and image_cache.open(model, state, partitioner)
         step: Callable[..., Any] = functools.partial(_guarded_step, model, parts)
         if rows_by_run and partitioner.splits_runs(model.runs):
             step = rows_split_over(partitioner.mesh.axis_names[:-1])(step)
@@ -159,7 +164,8 @@ class Trainer:
             return {}
         norms = functools.partial(term_gradient_norms, self.model, self.num_microbatches)
         with oom.explain_oom(self, batch), self.partitioner.activate():
-            found = jax.jit(norms)(self.state, self.partitioner.shard_batch(batch), self._rng)
+            sharded = self.partitioner.shard_batch(self.with_image_features(batch))
+            found = jax.jit(norms)(self.state, sharded, self._rng)
         return {name: float(norm) for name, norm in found.items()}
 
     def wait(self) -> None:
@@ -175,11 +181,17 @@ class Trainer:
         with self.partitioner.activate():
             if self._teachers is not None:
                 batch = self._teachers.add(self.state.frozen, batch)
+            batch = self.with_image_features(batch)
             sharded = self.partitioner.shard_batch(batch)
             number = np.int32(self.step)
             self.state, new = self._train_step(self.state, sharded, self._rng, number)
             self._totals = new if self._totals is None else self._merge(self._totals, new)
         self.step += 1
+
+    def with_image_features(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Returns a batch with cached features in place of its images, if the job has an
+        `image_cache`. Call it inside `partitioner.activate()`."""
+        return batch if self._images is None else self._images.add(self.state.frozen, batch)
 
     @property
     def active(self) -> np.ndarray:
@@ -301,6 +313,8 @@ class Trainer:
             number, training = jax.ShapeDtypeStruct((), jnp.int32), batch
             if self._teachers is not None:
                 training = self._teachers.shapes(self.state.frozen, batch)
+            if self._images is not None:
+                batch = training = self._images.shapes(self.state.frozen, batch)
             return {
                 "train": self._train_step.lower(self.state, training, self._rng, number),
                 "eval": self._eval_step.lower(self.state.params, batch, self.state.failed),
@@ -329,6 +343,8 @@ class Trainer:
         means |= {f"learning_rate/{label}": rate for label, rate in rates.items()}
         if self._teachers is not None:
             means |= self._teachers.metrics()
+        if self._images is not None:
+            means |= self._images.metrics()
         if self.learning_rate_fn is not None:
             means["learning_rate"] = float(self.learning_rate_fn(jnp.asarray(self.step)))
         return means
@@ -366,6 +382,7 @@ class Trainer:
         totals, params, failed = None, self.state.params, self.state.failed
         with self.partitioner.activate():
             for batch in batches:
-                new = self._eval_step(params, self.partitioner.shard_batch(batch), failed)
+                sharded = self.partitioner.shard_batch(self.with_image_features(batch))
+                new = self._eval_step(params, sharded, failed)
                 totals = new if totals is None else self._merge(totals, new)
         return {} if totals is None else metrics.scalars(jax.device_get(totals), self.model.runs)

@@ -1,0 +1,74 @@
+"""Model methods that T5X and evaluators call by name: feature converter, scores and predictions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
+from mpt_jax.models.class_bank import ClassBank
+
+
+class ClassInterface:
+    """Mixin that gives `PromptedDualEncoder` the methods that classify the images of a batch."""
+
+    bank: ClassBank
+    image_transform: Any
+    augmentation: Any
+    feature_converter_cls: Callable[..., Any] | None
+    own_logits: Callable[..., Array]
+
+    def score_batch(
+        self, params: Params, batch: Batch, return_intermediates: bool = False
+    ) -> Float[Array, "B C"]:
+        """Returns the log probability of each class of the example's task, in nats; minus infinity
+        at classes that do not exist. In a multi-label task, every class has its own probability.
+
+        Raises:
+            ValueError: intermediates are requested.
+        """
+        if return_intermediates:
+            raise ValueError(
+                "score_batch cannot return intermediates. Set return_intermediates to False."
+            )
+        logits = self.own_logits(params, batch)
+        multi = jnp.asarray(self.bank.is_multi_label)[batch["task_ids"]][:, None]
+        return jnp.where(multi, jax.nn.log_sigmoid(logits), jax.nn.log_softmax(logits))
+
+    def predict_batch(
+        self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None
+    ) -> Int[Array, "B 1"]:
+        """Returns the id of each example's most probable class, within its task."""
+        return self.predict_batch_with_aux(params, batch)[0]
+
+    def predict_batch_with_aux(
+        self, params: Params, batch: Batch, rng: Key | None = None, **settings: Any
+    ) -> tuple[Int[Array, "B 1"], dict[str, Array]]:
+        """Returns the id of each example's most probable class, and its log probability as
+        `{'scores': [B]}`."""
+        scores = self.score_batch(params, batch)
+        return jnp.argmax(scores, axis=-1)[:, None].astype(jnp.int32), {"scores": scores.max(-1)}
+
+    @property
+    def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name
+        """The function with which T5X and our trainer build the feature converter.
+
+        Raises:
+            ValueError: `feature_converter_cls` is None.
+        """
+        if self.feature_converter_cls is None:
+            raise ValueError(
+                "This model has no feature converter. Bind PromptedDualEncoder."
+                "feature_converter_cls, as gin/models/prompted_clip.gin does."
+            )
+        return functools.partial(
+            self.feature_converter_cls,
+            transform=self.image_transform,
+            augmentation=self.augmentation,
+            num_classes=self.bank.count.tolist(),
+            multi_label=self.bank.is_multi_label.tolist(),
+        )
