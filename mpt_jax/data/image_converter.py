@@ -41,10 +41,10 @@ class PromptImageConverter(seqio.FeatureConverter):
         augmentation: the augmentation of training images, in place of the transform; None for the
             transform. The model supplies it.
         seed: the seed of the augmentation.
-        pack: must be False, because an image fills its row.
+        pack, use_custom_packing_ops: must be False, because an image fills its row.
 
     Raises:
-        ValueError: `pack` is True.
+        ValueError: packing is requested.
     """
 
     TASK_FEATURES = {
@@ -72,8 +72,9 @@ class PromptImageConverter(seqio.FeatureConverter):
         augmentation: image_transforms.Augmentation | None = None,
         seed: int = 0,
         pack: bool = False,
+        use_custom_packing_ops: bool = False,
     ):
-        if pack:
+        if pack or use_custom_packing_ops:
             raise ValueError(
                 "Images cannot be packed, because each fills its row of a batch. Drop "
                 "--gin_file=gin/runs/packed.gin (set DatasetConfig.pack = False)."
