@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,30 @@ class Metrics(msgspec.Struct):
     best_step: list[int] | None = None
 
 
+class Classes(msgspec.Struct):
+    """The schema of the classes of an image task."""
+
+    names: schema.Names
+    templates: schema.Names
+    multi_label: bool
+
+
+class ImageInputs(msgspec.Struct):
+    """The schema of what says how images and class texts are made (`Model.input_settings`)."""
+
+    transform: ImageTransform
+    context_position: Literal["end", "middle", "front"]
+    tasks: dict[str, Classes]
+
+
+class ImageTransform(msgspec.Struct):
+    """The schema of the settings of an image transform."""
+
+    size: schema.Positive
+    mode: Literal["crop", "squash"]
+    resize_to: schema.Positive | None = None
+
+
 class Config(msgspec.Struct):
     """The schema of config.json: only the fields that readers use."""
 
@@ -79,6 +103,7 @@ class Config(msgspec.Struct):
     step: schema.Count = 0
     metrics: Metrics = msgspec.field(default_factory=Metrics)
     data: dict[str, dict[str, Any]] | None = None
+    images: ImageInputs | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +184,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     metrics: Mapping[str, Any] | None = None,
     started_from: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    images: Mapping[str, Any] | None = None,
     include_folded: bool = False,
     facts: model_card.Facts | None = None,
     **digests: str | None,
@@ -180,6 +206,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         data: the record of the data that training and evaluation used, as JSON values:
             {`core.runs.data_name` of a run: {'source', 'template', 'splits': {split: {'rows',
             'sha256'}}}}; None if unknown.
+        images: how images and class texts are made (`Model.input_settings`); None for texts.
         include_folded: whether to also write the plain prompt of each row. Ignored if prompts
             depend on the text.
         facts: further facts for the model card.
@@ -220,6 +247,8 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     }
     if data:
         config["data"] = dict(data)
+    if images:
+        config["images"] = dict(images)
     config = schema.sealed(config, SEAL)
     with replace_folder(path) as new:
         (new / TENSORS).write_bytes(prompts)

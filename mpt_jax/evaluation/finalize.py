@@ -319,6 +319,7 @@ def _write(
         metrics=metrics,
         data={n: job.data[n] for n in map(data_name, runs.run_names) if n in job.data},
         started_from=initial.started_from,
+        images=model.input_settings,
         include_folded=True,
         facts=facts,
         **initial.digests,

@@ -23,10 +23,20 @@ class ClassInterface:
     own_logits: Callable[..., Array]
 
     def score_batch(
-        self, params: Params, batch: Batch, return_intermediates: bool = False
+        self,
+        params: Params,
+        batch: Batch,
+        return_intermediates: bool = False,
+        texts: Float[Array, "N U"] | None = None,
     ) -> Float[Array, "B C"]:
         """Returns the log probability of each class of the example's task, in nats; minus infinity
         at classes that do not exist. In a multi-label task, every class has its own probability.
+
+        Args:
+            params: the whole parameter tree.
+            batch: the batch contract's features; labels are not used.
+            return_intermediates: T5X's; must be False.
+            texts: the features of the class texts (`text_features`), if they are known.
 
         Raises:
             ValueError: intermediates are requested.
@@ -35,7 +45,7 @@ class ClassInterface:
             raise ValueError(
                 "score_batch cannot return intermediates. Set return_intermediates to False."
             )
-        logits = self.own_logits(params, batch)
+        logits = self.own_logits(params, batch, texts=texts)
         multi = jnp.asarray(self.bank.is_multi_label)[batch["task_ids"]][:, None]
         return jnp.where(multi, jax.nn.log_sigmoid(logits), jax.nn.log_softmax(logits))
 

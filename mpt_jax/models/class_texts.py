@@ -69,6 +69,7 @@ class ClassTexts:
         slots: int32 [texts, T], i + 1 at context position i, else 0.
         eot: int32 [texts], the position of the end of each text.
         class_of_text: int32 [texts], the class of each text, from 0.
+        position: the position of class names among context positions.
     """
 
     tasks: tuple[TaskClasses, ...]
@@ -77,6 +78,7 @@ class ClassTexts:
     slots: np.ndarray
     eot: np.ndarray
     class_of_text: np.ndarray
+    position: str = "end"
 
     @property
     def num_classes(self) -> int:
@@ -172,6 +174,7 @@ def class_texts(
         np.array([pad(slots) for _, slots, _ in rows], np.int32),
         np.array([len(ids) - 1 for ids, _, _ in rows], np.int32),
         np.array([number for _, _, number in rows], np.int32),
+        position,
     )
 
 

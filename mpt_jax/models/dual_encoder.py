@@ -116,6 +116,23 @@ class PromptedDualEncoder(ClassInterface, Model):
         return 0.0
 
     @property
+    def input_settings(self) -> dict[str, Any]:
+        """The image transform, and the classes of every task."""
+        tasks = {
+            task.task: {
+                "names": list(task.names),
+                "templates": list(task.templates),
+                "multi_label": task.multi_label,
+            }
+            for task in self.texts.tasks
+        }
+        return {
+            "transform": self.image_transform.config(),
+            "context_position": self.texts.position,
+            "tasks": tasks,
+        }
+
+    @property
     def training_settings(self) -> dict[str, Any]:
         """The settings of the augmentation."""
         return {"augmentation": self.augmentation and self.augmentation.config()}
@@ -177,7 +194,7 @@ class PromptedDualEncoder(ClassInterface, Model):
         never change."""
         if not self.precomputes:
             return params
-        encode = jax.jit(lambda backbone: self._text_features(backbone, None, None))
+        encode = jax.jit(lambda backbone: self.text_features(backbone))
         used = {name: params[name] for name in ("text_encoder", "logit_scale")}
         table = np.asarray(encode(used))
         rest = {name: value for name, value in params.items() if name != "text_encoder"}
@@ -206,24 +223,26 @@ class PromptedDualEncoder(ClassInterface, Model):
         return jnp.where(competes, scale * images @ texts.T, -jnp.inf)
 
     def own_logits(
-        self, params: Params, batch: Batch, prompt_rng: Key | None = None
+        self,
+        params: Params,
+        batch: Batch,
+        prompt_rng: Key | None = None,
+        texts: Float[Array, "N U"] | None = None,
     ) -> Float[Array, "B C"]:
         """Returns the scaled cosines with the classes of each example's task, in the order of their
-        ids; minus infinity at classes that the task does not have."""
-        images, texts, scale = self._features(params, batch, prompt_rng)
+        ids; minus infinity at classes that the task does not have. `texts` are the features of
+        class texts, if they are known."""
+        images, texts, scale = self._features(params, batch, prompt_rng, texts)
         cosines = self.bank.own_cosines(images, texts, batch)
         return jnp.where(self.bank.is_own(batch["task_ids"]), scale * cosines, -jnp.inf)
 
     def _features(
-        self, params: Params, batch: Batch, prompt_rng: Key | None
+        self, params: Params, batch: Batch, prompt_rng: Key | None, texts: Array | None = None
     ) -> tuple[Float[Array, "B U"], Float[Array, "N U"], Float[Array, ""]]:
         """Returns the features of images and of class texts, and the scale of their cosines."""
         key = None if prompt_rng is None else jax.random.fold_in(prompt_rng, 2)
         images = self.image_features(params, batch, key)
-        if FEATURES in params:
-            texts = params[FEATURES]["table"]
-        else:
-            texts = self._text_features(params, batch, key)
+        texts = self.text_features(params, batch, key) if texts is None else texts
         return images, texts, jnp.exp(params["logit_scale"].astype(jnp.float32))
 
     def image_features(
@@ -249,9 +268,19 @@ class PromptedDualEncoder(ClassInterface, Model):
         encode = functools.partial(self.module.apply, variables, method="encode_image")
         return _normalized(encode(batch["image"], prompts))
 
-    def _text_features(self, params: Params, batch: Batch | None, key: Key | None) -> Array:
-        """Returns normalized features [N, U] of the class texts of all runs, or, without a context,
-        of all classes."""
+    def text_features(
+        self, params: Params, batch: Batch | None = None, key: Key | None = None
+    ) -> Float[Array, "N U"]:
+        """Returns the normalized features of the class texts of all runs or, without a context, of
+        all classes.
+
+        Args:
+            params: the whole parameter tree.
+            batch: if given, texts of runs that are not in it may be left out.
+            key: the random key of methods that draw prompts.
+        """
+        if FEATURES in params:
+            return params[FEATURES]["table"]
         prompts = None
         if TEXT in self.prompt.parts:
             rows = jnp.arange(self.runs.num_rows)

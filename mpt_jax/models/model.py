@@ -87,6 +87,12 @@ class Model(abc.ABC):
         """The dropout rate in training."""
 
     @property
+    def input_settings(self) -> dict[str, Any] | None:
+        """How images and class texts are made, as JSON values, which artifacts record as `images`;
+        None for texts."""
+        return None
+
+    @property
     def training_settings(self) -> dict[str, Any]:
         """Settings that training examples depend on, as JSON values, for the fingerprint."""
         return {}

@@ -286,7 +286,7 @@ class Bank:
         folders, groups = dict(self._folders), dict(self._groups)
         blocks: dict[str, list[np.ndarray]] = {}
         for artifact, name in additions:
-            for row in _row_names(artifact.runs, name):
+            for row in row_names(artifact.runs, name):
                 if row in folders:
                     raise ValueError(_taken(row, folders[row], artifact.path))
                 folders[row] = artifact.path
@@ -347,7 +347,8 @@ class Bank:
             self._leaves[name] = _written(leaf, block, first)
 
 
-def _row_names(runs: Runs, name: str) -> list[str]:
+def row_names(runs: Runs, name: str) -> list[str]:
+    """Returns the names of an artifact's rows in a bank; see `Named`."""
     if not name:
         return list(runs.run_names)
     return [name] if runs.num_rows == 1 else [f"{name}/{run}" for run in runs.run_names]

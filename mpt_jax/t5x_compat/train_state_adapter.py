@@ -338,6 +338,7 @@ class ArtifactHook:
             backbone_config=backbone_config(host.model.backbone_config),
             step=step,
             started_from=loaded.started_from,
+            images=host.model.input_settings,
             facts=_card_facts(host),
             **loaded.digests,
         )

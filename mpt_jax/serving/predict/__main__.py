@@ -17,18 +17,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from absl import logging
 
 from mpt_jax.artifacts.backbone_digest import CONFIG_FIELD, FIELD, backbone_config
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.runtime.resumable_output import Refused
+from mpt_jax.serving.predict.image_server import ImageServer, is_of_images
 from mpt_jax.serving.predict.progress import Progress, say
 from mpt_jax.serving.predict.requests import MODES, Failure
 from mpt_jax.serving.predict.resumable_output import File, Output, Stream
 from mpt_jax.serving.predict.server import Limits, Server
 from mpt_jax.serving.predict.windows import windows
+from mpt_jax.serving.prompt_bank import Named
 
 WINDOW = 8  # batches that are read ahead and sorted by length
 CANNOT, INTERRUPTED = 2, 130  # exit codes
@@ -61,8 +63,20 @@ def _stop(code: int, why: str) -> NoReturn:
     sys.exit(code)
 
 
-def load(args: argparse.Namespace) -> Server:
-    """Loads the server that the arguments describe."""
+def load(args: argparse.Namespace) -> Server | ImageServer:
+    """Loads the server that the arguments describe: of images, if the prompts are of an image
+    job."""
+    if is_of_images(Named.parse(args.prompts[0]).folder):
+        images = ImageServer.load(
+            args.prompts,
+            args.backbone,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            digest_backbone=args.backbone_digest,
+            warn=say,
+        )
+        say(f"{len(images.names)} tasks, {images.nbytes / 2**20:.2f} MiB of prompts")
+        return images
     server = Server.load(
         args.prompts,
         folded=args.folded,
@@ -81,9 +95,9 @@ def load(args: argparse.Namespace) -> Server:
     return server
 
 
-def answer(server: Server, stream: BinaryIO, args: argparse.Namespace) -> Output:
+def answer(server: Server | ImageServer, stream: BinaryIO, args: argparse.Namespace) -> Output:
     """Answers every line of a stream. Returns the output, with its counts of answers and errors."""
-    reader = server.reader(args.mode, args.truncate)
+    reader: Any = server.reader(args.mode, args.truncate)
     lines: Iterator[bytes] = iter(stream)
     output = _output(server, args)
     done = output.begin(lines)
@@ -108,9 +122,12 @@ def answer(server: Server, stream: BinaryIO, args: argparse.Namespace) -> Output
     return output
 
 
-def _output(server: Server, args: argparse.Namespace) -> Output:
+def _output(server: Server | ImageServer, args: argparse.Namespace) -> Output:
     if not args.output:
         return Stream(sys.stdout.buffer)
+    if isinstance(server, ImageServer):
+        made_from = {**server.digests, "mode": args.mode, "dtype": args.dtype}
+        return File(Path(args.output), made_from, optional=[FIELD, CONFIG_FIELD])
     made_from = {
         "mode": args.mode,
         "bank_sha256": server.bank.digest(),

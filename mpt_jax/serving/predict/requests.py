@@ -87,13 +87,10 @@ class Reader:
 
     def read(self, line: bytes, number: int) -> Request | Failure:
         """Parses line `number`, counted from 1. Returns a `Failure` if the line is invalid."""
-        label: dict[str, Any] = {"line": number}
-        try:
-            fields = _object(line)
-        except (ValueError, RecursionError) as error:
-            reason = schema.short(str(error))
-            return Failure(label, f"The line cannot be read as a JSON object ({reason}).")
-        label |= {"id": fields["id"]} if "id" in fields else {}
+        fields = object_of(line, number)
+        if isinstance(fields, Failure):
+            return fields
+        label = label_of(fields, number)
         try:
             return self._request(fields, label)
         except ValueError as error:
@@ -105,8 +102,8 @@ class Reader:
                 f"Unknown fields {schema.short(unknown)}. Known fields: {', '.join(FIELDS)}. "
                 "Use id for a value that the answer should repeat."
             )
-        row = self.bank.row(_text(fields, "task"))
-        inputs, cut = self._ids(_text(fields, "inputs"), "inputs", self.input_length)
+        row = self.bank.row(text_of(fields, "task"))
+        inputs, cut = self._ids(text_of(fields, "inputs"), "inputs", self.input_length)
         if "choices" in fields:
             choices = _choices(fields)
             pairs = [self._ids(text, "choices", self.target_length) for text in choices]
@@ -121,7 +118,7 @@ class Reader:
                 "A score needs targets or choices, and the request has neither. Add one of them, "
                 "or use --mode predict."
             )
-        target, target_cut = self._ids(_text(fields, "targets"), "targets", self.target_length)
+        target, target_cut = self._ids(text_of(fields, "targets"), "targets", self.target_length)
         return Request(label, row, inputs, (target,), truncated=cut or target_cut)
 
     def _ids(self, text: str, field: str, limit: int) -> tuple[list[int], bool]:
@@ -144,6 +141,20 @@ class Reader:
                 "--truncate."
             )
         return [*ids[: limit - 1], self.vocabulary.eos_id], cut
+
+
+def object_of(line: bytes, number: int) -> dict[str, Any] | Failure:
+    """Returns the JSON object of line `number`, or a `Failure` if there is none."""
+    try:
+        return _object(line)
+    except (ValueError, RecursionError) as error:
+        reason = schema.short(str(error))
+        return Failure({"line": number}, f"The line cannot be read as a JSON object ({reason}).")
+
+
+def label_of(fields: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Returns the first fields of the answer to line `number`."""
+    return {"line": number} | ({"id": fields["id"]} if "id" in fields else {})
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -182,7 +193,8 @@ def _finite(number: str) -> float:
     return value
 
 
-def _text(fields: Mapping[str, Any], field: str) -> str:
+def text_of(fields: Mapping[str, Any], field: str) -> str:
+    """Returns a field that must be a non-empty string. Raises ValueError if it is not."""
     if field not in fields:
         raise ValueError(f"The field {field} is missing. Add it to the request.")
     value = fields[field]

@@ -1,0 +1,119 @@
+"""Parser of requests about images.
+
+    {"task": NAME, "image": PATH}               the most probable class
+    {"task": NAME, "image_base64": TEXT}        the same, with the content of the file
+
+Any request may have an "id" of any JSON type. The answer repeats it. In mode 'score', the answer
+has the score of every class.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpt_jax.batching import images
+from mpt_jax.core import schema
+from mpt_jax.core.runs import unknown_name
+from mpt_jax.serving.predict.requests import MODES, Failure, label_of, object_of, text_of
+
+FIELDS = ("task", "image", "image_base64", "id")
+MOST_BYTES = 2**25  # of an encoded image
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRequest:
+    """A request that can be answered.
+
+    Attributes:
+        label: the first fields of the answer, as in `requests.Request`.
+        row: the row of the task.
+        image: uint8 [S,S,3].
+        all_scores: whether the answer has the score of every class.
+    """
+
+    label: Mapping[str, Any]
+    row: int
+    image: np.ndarray
+    all_scores: bool = False
+
+
+class ImageReader:
+    """Parser of requests.
+
+    Args:
+        names: the names of the tasks, in the order of the rows.
+        transform: the settings of the image transform: `size`, `mode`, `resize_to`.
+        mode: `'predict'` or `'score'`.
+    """
+
+    def __init__(self, names: Sequence[str], transform: Mapping[str, Any], mode: str = "predict"):
+        if mode not in MODES:
+            raise ValueError(f"Unknown mode {mode!r}. Set it to {' or '.join(MODES)}.")
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._transform = {k: transform[k] for k in ("size", "mode", "resize_to")}
+        self._mode = mode
+
+    def read(self, line: bytes, number: int) -> ImageRequest | Failure:
+        """Parses line `number`, counted from 1. Returns a `Failure` if the line is invalid."""
+        fields = object_of(line, number)
+        if isinstance(fields, Failure):
+            return fields
+        label = label_of(fields, number)
+        try:
+            return self._request(fields, label)
+        except (ValueError, OSError) as error:
+            return Failure(label, str(error))
+
+    def _request(self, fields: Mapping[str, Any], label: Mapping[str, Any]) -> ImageRequest:
+        if unknown := sorted(set(fields) - set(FIELDS)):
+            raise ValueError(
+                f"Unknown fields {schema.short(unknown)}. Known fields: {', '.join(FIELDS)}. Use id "
+                "for a value that the answer should repeat."
+            )
+        task = text_of(fields, "task")
+        if task not in self._rows:
+            raise ValueError(unknown_name("task", schema.short(task), list(self._rows)))
+        image = images.transform(images.decode(_content(fields)), **self._transform)
+        return ImageRequest(label, self._rows[task], image, self._mode == "score")
+
+
+def _content(fields: Mapping[str, Any]) -> bytes:
+    """Returns the encoded image of a request.
+
+    Raises:
+        ValueError: the request has no image or two, the file cannot be read or is too large, or the
+            text is not base64.
+    """
+    if ("image" in fields) == ("image_base64" in fields):
+        raise ValueError(
+            "A request needs either image, the path of a file, or image_base64, the content of one."
+        )
+    if "image_base64" in fields:
+        text = text_of(fields, "image_base64")
+        try:
+            content = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"image_base64 is not base64 ({error}). Encode the file.") from error
+        size = len(content)
+    else:
+        path = Path(text_of(fields, "image"))
+        try:
+            size = path.stat().st_size
+            content = path.read_bytes() if size <= MOST_BYTES else b""
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f"image {schema.short(str(path))} cannot be read: {reason}."
+            ) from error
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"The image has {size:,} bytes, and the limit is {MOST_BYTES:,}. Save a smaller file."
+        )
+    return content

@@ -1,0 +1,300 @@
+"""Server that classifies images with the prompts of any of its tasks.
+
+Prompts of several artifacts are kept as plain prompts, and the features of all classes are computed
+once, when the server starts. A request then costs one pass of the image encoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from mpt_jax.artifacts import artifacts, compatibility
+from mpt_jax.artifacts.artifacts import Artifact
+from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
+from mpt_jax.backbones.clip import CLIP, CLIPConfig
+from mpt_jax.batching.clip_tokenizer import ClipTokenizer
+from mpt_jax.convert.clip import load_clip, read_clip_config
+from mpt_jax.core.comparison import abbreviate
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten
+from mpt_jax.models.class_texts import ClassTexts, TaskClasses, class_texts
+from mpt_jax.models.dual_encoder import PromptedDualEncoder
+from mpt_jax.prompts.base import params_of_parts
+from mpt_jax.prompts.materialize import plain_prompts
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.prompts.sites import TEXT, SitePrompts
+from mpt_jax.serving.predict.image_requests import ImageReader, ImageRequest
+from mpt_jax.serving.predict.requests import Failure
+from mpt_jax.serving.prompt_bank import Named, row_names
+
+Answer = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The part of the artifacts that says how images and class texts are made.
+
+    Attributes:
+        transform: the settings of the image transform.
+        position: the position of class names (`class_texts`).
+        tasks: the classes of each row's task.
+    """
+
+    transform: dict[str, Any]
+    position: str
+    tasks: tuple[TaskClasses, ...]
+
+
+class ImageServer:
+    """A CLIP with the plain prompts of many tasks.
+
+    Args:
+        model: the model, with one run per name.
+        params: its parameters.
+        inputs: how inputs are made.
+        batch_size: the number of images that are encoded at a time.
+        digests: what answers depend on besides the requests, for resumable outputs.
+
+    Attributes:
+        names: the names that requests can use.
+    """
+
+    def __init__(
+        self,
+        model: PromptedDualEncoder,
+        params: Any,
+        inputs: Inputs,
+        batch_size: int,
+        digests: dict[str, Any],
+    ):
+        self.names = model.runs.run_names
+        self.digests = digests
+        self._model, self._inputs, self._batch_size = model, inputs, batch_size
+        self._params = params
+        texts = jax.jit(model.text_features)(params)
+        self._score = jax.jit(lambda params, batch: model.score_batch(params, batch, texts=texts))
+
+    @classmethod
+    def load(
+        cls,
+        prompts: Iterable[str],
+        path: str | None,
+        *,
+        batch_size: int = 32,
+        dtype: str = "float32",
+        digest_backbone: bool = True,
+        warn: Callable[[str], None] = logging.warning,
+    ) -> ImageServer:
+        """Loads a server from artifacts of image jobs.
+
+        Args:
+            prompts: the artifact folders, each as FOLDER or NAME=FOLDER.
+            path: the Hugging Face or open_clip folder of the backbone.
+            batch_size: the number of images that are encoded at a time.
+            dtype: the dtype that the backbone computes in.
+            digest_backbone: whether to compare all weights with those of the artifacts.
+            warn: called with a line if the backbone could not be compared by all its weights.
+
+        Raises:
+            FileNotFoundError: an artifact or the backbone does not exist.
+            ValueError: the artifacts disagree, or were trained with another backbone or tokenizer.
+        """
+        if path is None:
+            raise ValueError(
+                "These prompts are of a CLIP, which is not shipped. Set --backbone to its Hugging "
+                "Face or open_clip folder, with vocab.json and merges.txt."
+            )
+        sources = [Named.parse(text) for text in prompts]
+        found = [artifacts.load_artifact(source.folder) for source in sources]
+        config = dataclasses.replace(read_clip_config(path), dtype=dtype)
+        backbone, tokenizer = load_clip(path, config), ClipTokenizer.from_folder(path)
+        digests = _check(found, backbone, config, tokenizer, digest_backbone, warn)
+        names = [
+            name
+            for artifact, source in zip(found, sources, strict=True)
+            for name in row_names(artifact.runs, source.name)
+        ]
+        method, prompt = _plain(found)
+        inputs = _inputs(found)
+        model = PromptedDualEncoder(
+            CLIP(config),
+            method,
+            Runs([task.task for task in inputs.tasks], names, "independent"),
+            _texts(inputs, method, tokenizer, config),
+        )
+        cast = lambda x: np.asarray(x).astype(jnp.dtype(dtype), copy=False)  # noqa: E731
+        params = {**jax.tree.map(cast, backbone), "prompt": prompt}
+        tables = artifacts.digest(flatten(prompt))
+        digests["prompts_sha256"] = hashlib.sha256(f"{names} {tables}".encode()).hexdigest()
+        return cls(model, jax.device_put(params), inputs, batch_size, digests)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the prompts in bytes."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._params["prompt"]))
+
+    def reader(self, mode: str = "predict", truncate: bool = False) -> ImageReader:
+        """Returns a parser of requests to this server."""
+        del truncate  # images are never truncated
+        return ImageReader(self.names, self._inputs.transform, mode)
+
+    def answer(self, requests: Sequence[ImageRequest | Failure]) -> list[Answer]:
+        """Returns one answer for each request, in their order."""
+        answers: list[Answer] = [
+            {**x.label, "error": x.error} if isinstance(x, Failure) else {} for x in requests
+        ]
+        jobs = [(i, x) for i, x in enumerate(requests) if isinstance(x, ImageRequest)]
+        for first in range(0, len(jobs), self._batch_size):
+            part = jobs[first : first + self._batch_size]
+            rows = np.resize(np.arange(len(part)), self._batch_size)  # repeats rows as padding
+            batch = {
+                "image": np.stack([part[row][1].image for row in rows]),
+                "task_ids": np.array([part[row][1].row for row in rows], np.int32),
+            }
+            scores = np.asarray(self._score(self._params, batch))
+            for (index, request), row in zip(part, scores, strict=False):
+                answers[index] = {**request.label, **self._answer(request, row)}
+        return answers
+
+    def _answer(self, request: ImageRequest, scores: np.ndarray) -> Answer:
+        task = self._inputs.tasks[request.row]
+        own = scores[: len(task.names)]
+        if not np.isfinite(own).all():
+            return {
+                "error": f"The scores are NaN or infinite ({own.tolist()}), so the answer is "
+                "meaningless. Check the weights of the backbone and of the prompt."
+            }
+        best = int(own.argmax())
+        prediction: Any = task.names[best]
+        if task.multi_label:
+            prediction = [x for x, s in zip(task.names, own, strict=True) if s > np.log(0.5)]
+        answer: Answer = {"prediction": prediction, "score": float(own[best])}
+        if request.all_scores:
+            answer["scores"] = dict(zip(task.names, own.tolist(), strict=True))
+        return answer
+
+
+def is_of_images(folder: str) -> bool:
+    """Whether a folder holds an artifact of an image job; raises as `load_artifact`."""
+    return "images" in artifacts.load_artifact(folder).config
+
+
+def _check(
+    found: Sequence[Artifact],
+    backbone: Any,
+    config: CLIPConfig,
+    tokenizer: ClipTokenizer,
+    digest_backbone: bool,
+    warn: Callable[[str], None],
+) -> dict[str, Any]:
+    """Checks that artifacts agree with each other, the backbone and the tokenizer. Returns the
+    digests of the backbone and the tokenizer.
+
+    Raises:
+        ValueError: they disagree; the message shows both values.
+    """
+    compatibility.check_mutually_compatible(found, folded=True)
+    if texts := [x.path for x in found if "images" not in x.config]:
+        raise ValueError(
+            f"The artifacts {abbreviate(texts)} have prompts for texts, and the others for images. "
+            "Serve them separately."
+        )
+    weights = backbone_digest(backbone) if digest_backbone else None
+    embedding = artifacts.embedding_digest(backbone["text_encoder"]["token_embedder"]["embedding"])
+    vocabulary = artifacts.vocabulary_digest(tokenizer)
+    for artifact in found:
+        compatibility.check_backbone(artifact, embedding, weights, backbone_config(config))
+        compatibility.check_vocabulary(artifact, vocabulary)
+    for warning in compatibility.not_compared(*compatibility.lacking(found), weights is not None):
+        warn(warning)
+    return {
+        "embedding_sha256": embedding,
+        "backbone_sha256": weights,
+        "backbone_config": backbone_config(config),
+        "vocabulary_sha256": vocabulary,
+    }
+
+
+def _plain(found: Sequence[Artifact]) -> tuple[SitePrompts, dict[str, Any]]:
+    """Returns the plain prompts of all rows, as a method and its parameters.
+
+    Raises:
+        ValueError: the artifacts have prompts at other sites or of other lengths.
+    """
+    tables: dict[str, list[np.ndarray]] = {}
+    shapes: dict[str, list[str]] = {}
+    for artifact in found:
+        parts = params_of_parts(artifact.method, artifact.params)
+        method: Any = artifact.method
+        sizes = [f"{name} of {part.prompt_length} rows" for name, (part, _) in parts.items()]
+        shape = f"{' and '.join(sizes)} in {method.image_layers} layers"
+        shapes.setdefault(f"{shape}, {method.text_classes} classes", []).append(artifact.path)
+        for name, (part, values) in parts.items():
+            tables.setdefault(name, []).append(np.stack(plain_prompts(part, values, artifact.runs)))
+    if len(shapes) > 1:
+        values = "; ".join(f"{shape} in {abbreviate(paths)}" for shape, paths in shapes.items())
+        raise ValueError(
+            f"These artifacts cannot be served together, since their prompts differ: {values}. Use "
+            "only artifacts that agree."
+        )
+    joined = {name: np.concatenate(parts) for name, parts in tables.items()}
+    methods: Any = {name: PromptTuning(table.shape[1]) for name, table in joined.items()}
+    first: Any = found[0].method
+    method = SitePrompts(
+        **methods, text_classes=first.text_classes, image_layers=first.image_layers
+    )
+    return method, {name: {"table": jnp.asarray(table)} for name, table in joined.items()}
+
+
+def _inputs(found: Sequence[Artifact]) -> Inputs:
+    """Returns how the inputs of artifacts are made.
+
+    Raises:
+        ValueError: artifacts differ in the position of class names, or in the classes of a task.
+    """
+    tasks: list[TaskClasses] = []
+    known: dict[str, tuple[TaskClasses, str]] = {}
+    positions: dict[str, list[str]] = {}
+    for artifact in found:
+        recorded = artifact.config["images"]
+        positions.setdefault(recorded["context_position"], []).append(artifact.path)
+        for name in artifact.runs.task_names:
+            entry = recorded["tasks"][name]
+            task = TaskClasses(
+                name, tuple(entry["names"]), tuple(entry["templates"]), entry["multi_label"]
+            )
+            first, path = known.setdefault(name, (task, artifact.path))
+            if first != task:
+                raise ValueError(
+                    f"{path} and {artifact.path} have other classes or templates of the task "
+                    f"{name!r}. Serve them separately."
+                )
+            tasks.append(task)
+    if len(positions) > 1:
+        values = "; ".join(f"{x!r} in {abbreviate(paths)}" for x, paths in positions.items())
+        raise ValueError(
+            f"These artifacts cannot be served together, since their context position differs: "
+            f"{values}. Use only artifacts that agree."
+        )
+    transform = found[0].config["images"]["transform"]
+    return Inputs(transform, next(iter(positions)), tuple(tasks))
+
+
+def _texts(
+    inputs: Inputs, method: SitePrompts, tokenizer: ClipTokenizer, config: CLIPConfig
+) -> ClassTexts:
+    length = 0
+    if (part := method.parts.get(TEXT)) is not None:
+        length = part.prompt_length // (method.text_classes or 1)
+    assert config.text is not None
+    distinct = list({task.task: task for task in inputs.tasks}.values())
+    most = config.text.context_length
+    return class_texts(distinct, tokenizer, most, length, inputs.position)
