@@ -10,10 +10,11 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 2**26  # of one image, as in data/image_formats.py
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def decode(encoded: bytes) -> Image.Image:
@@ -34,16 +35,15 @@ def decode(encoded: bytes) -> Image.Image:
                     f"{MAX_PIXELS:,}. Save it with fewer pixels."
                 )
             return image.convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as e:
+    except UnidentifiedImageError as error:
         raise ValueError(
-            f"The image cannot be decoded ({e}). Use a {', '.join(FORMATS[:-1])} or "
-            f"{FORMATS[-1]} file."
-        ) from e
+            f"The content is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image. Save the "
+            "image in one of these formats."
+        ) from error
+    except (OSError, SyntaxError, *_BOMBS) as error:
+        raise ValueError(
+            f"The image is damaged ({error}). Save it again, or copy it from an intact copy."
+        ) from error
 
 
 def transform(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,7 @@ POSITIONS = ("end", "middle", "front")
 MULTIPLE = 8  # texts are cut to a multiple of this many positions
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The part of a tokenizer that class texts need."""
 

@@ -57,7 +57,7 @@ class ImageReader:
         if mode not in MODES:
             raise ValueError(f"Unknown mode {mode!r}. Set it to {' or '.join(MODES)}.")
         self._rows = {name: row for row, name in enumerate(names)}
-        self._transform = {k: transform[k] for k in ("size", "mode", "resize_to")}
+        self._transform = {k: transform.get(k) for k in ("size", "mode", "resize_to")}
         self._mode = mode
 
     def read(self, line: bytes, number: int) -> ImageRequest | Failure:
@@ -74,8 +74,8 @@ class ImageReader:
     def _request(self, fields: Mapping[str, Any], label: Mapping[str, Any]) -> ImageRequest:
         if unknown := sorted(set(fields) - set(FIELDS)):
             raise ValueError(
-                f"Unknown fields {schema.short(unknown)}. Known fields: {', '.join(FIELDS)}. Use id "
-                "for a value that the answer should repeat."
+                f"Unknown fields {schema.short(unknown)}. Known fields: {', '.join(FIELDS)}. "
+                "Use id for a value that the answer should repeat."
             )
         task = text_of(fields, "task")
         if task not in self._rows:

@@ -258,7 +258,8 @@ def _inputs(found: Sequence[Artifact]) -> Inputs:
     """Returns how the inputs of artifacts are made.
 
     Raises:
-        ValueError: artifacts differ in the position of class names, or in the classes of a task.
+        ValueError: artifacts differ in the position of class names, or in the classes of a task; or
+            an artifact records no classes of a task.
     """
     tasks: list[TaskClasses] = []
     known: dict[str, tuple[TaskClasses, str]] = {}
@@ -267,6 +268,11 @@ def _inputs(found: Sequence[Artifact]) -> Inputs:
         recorded = artifact.config["images"]
         positions.setdefault(recorded["context_position"], []).append(artifact.path)
         for name in artifact.runs.task_names:
+            if name not in recorded["tasks"]:
+                raise ValueError(
+                    f"{artifact.path} records no classes of its task {name!r}. "
+                    f"{artifacts.COPY_AGAIN}"
+                )
             entry = recorded["tasks"][name]
             task = TaskClasses(
                 name, tuple(entry["names"]), tuple(entry["templates"]), entry["multi_label"]
