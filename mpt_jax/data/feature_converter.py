@@ -163,6 +163,13 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         side = {"encoder": "inputs", "decoder": "targets"}
         return {name: positions[side[name.split("_")[0]]] for name in names}
 
+    def feature_shapes(
+        self, task_feature_lengths: Mapping[str, int]
+    ) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns the shape, without the batch, and the dtype of each model feature."""
+        lengths = self.get_model_feature_lengths(task_feature_lengths)
+        return {name: ((length,), "int32") for name, length in lengths.items()}
+
     def _positions(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
         """Returns {'inputs': T, 'targets': L}."""
         one_example = {

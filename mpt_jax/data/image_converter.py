@@ -108,8 +108,11 @@ class PromptImageConverter(seqio.FeatureConverter):
         """Returns the shape of each model feature, without the batch."""
         return {name: shape for name, (shape, _) in self.feature_shapes().items()}
 
-    def feature_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def feature_shapes(
+        self, task_feature_lengths: Mapping[str, Any] | None = None
+    ) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns the shape, without the batch, and the dtype of each model feature."""
+        del task_feature_lengths  # images have no length limits
         size = self._transform.size
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
             "image": ((size, size, 3), "uint8"),

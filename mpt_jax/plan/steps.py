@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mpt_jax.data import datasets
@@ -58,12 +57,12 @@ class Job:
     def batch(self, cfg: datasets.DatasetConfig, partitioner: PjitPartitioner) -> dict[str, Any]:
         """Returns name -> shape and sharding of the arrays of a global batch."""
         converter = cfg.converter(self.model.FEATURE_CONVERTER_CLS, cfg.pack)
-        lengths = converter.get_model_feature_lengths(cfg.task_feature_lengths)
+        shapes = converter.feature_shapes(cfg.task_feature_lengths)
         return {
             name: jax.ShapeDtypeStruct(
-                (cfg.batch_size, length), jnp.int32, sharding=partitioner.batch_sharding
+                (cfg.batch_size, *shape), dtype, sharding=partitioner.batch_sharding
             )
-            for name, length in lengths.items()
+            for name, (shape, dtype) in shapes.items()
         }
 
 
@@ -240,7 +239,7 @@ def compile_steps(
         else:
             lowered = trainer.lower(batch)[step]
         # Decoding ends when every example has ended, at the latest after this many tokens.
-        longest = batch["decoder_input_tokens"].shape[1]
+        longest = batch["decoder_input_tokens"].shape[1] if job.model.decode_fn else 1
         rows = cfg.batch_size / copies
         costs.append(_compile(step, choice, len(devices), rows, lowered, longest))
     return costs
