@@ -83,7 +83,12 @@ class ClassBank:
     # --- Features --------------------------------------------------------------------------------
 
     def encode(
-        self, encode: Encode, prompts: Array | None, batch: Batch | None, chunk: int
+        self,
+        encode: Encode,
+        prompts: Array | None,
+        batch: Batch | None,
+        chunk: int,
+        whole_groups: bool = False,
     ) -> Float[Array, "N U"]:
         """Returns the feature of every entry.
 
@@ -93,6 +98,7 @@ class ClassBank:
             prompts: the contexts [K,P,H] of the runs, or [K,C,P,H] of their classes; None without.
             batch: if given, entries of runs without examples in it may be left out: they are zero.
             chunk: the number of texts that are encoded at a time.
+            whole_groups: whether to keep the entries of all runs in the groups of these examples.
         """
         if prompts is None:
             features = self._chunked(encode, None, np.arange(len(self.texts.tokens)), None, chunk)
@@ -103,6 +109,9 @@ class ClassBank:
         if batch is not None and len(self.row) > chunk:
             weights = batch["loss_weights"] > 0
             present = jnp.zeros(len(self.first), bool).at[batch["task_ids"]].max(weights)
+            if whole_groups:
+                group = jnp.asarray(self.group_of_row)
+                present = jax.ops.segment_max(present, group, self.group_of_row.max() + 1)[group]
         return self._chunked(encode, prompts, self.class_number, present, chunk)
 
     def _chunked(
@@ -151,12 +160,19 @@ class ClassBank:
     def is_own(self, task_ids: Int[Array, " B"]) -> Bool[Array, "B C"]:
         """Returns whether class c exists in the task of each example."""
         count = jnp.asarray(self.count)[task_ids]
-        return jnp.arange(self.texts.most_classes) < count[:, None]
+        return jnp.arange(self.texts.most_classes)[None] < count[:, None]
 
     def competes(self, task_ids: Int[Array, " B"]) -> Bool[Array, "B N"]:
         """Returns whether each entry is of a run in the example's group."""
-        group = jnp.asarray(self.group_of_row)
-        return group[self.row] == group[task_ids][:, None]
+        members = np.zeros((self.group_of_row.max() + 1, len(self.row)), bool)
+        for group, first, count in zip(self.group_of_row, self.first, self.count, strict=True):
+            members[group, first : first + count] = True
+        return jnp.asarray(members)[jnp.asarray(self.group_of_row)[task_ids]]
+
+    def own_entries(self, values: Float[Array, "B N"], task_ids: Int[Array, " B"]) -> Array:
+        """Returns the values [B, C] of the classes of each example's task; arbitrary at classes
+        that do not exist."""
+        return jnp.take_along_axis(values, self._entries(task_ids), axis=1)
 
     def own_cosines(
         self, images: Float[Array, "B U"], texts: Float[Array, "N U"], batch: Batch
@@ -166,9 +182,32 @@ class ClassBank:
 
         The product with all entries is faster unless the bank has many more than one task has.
         """
-        most = self.texts.most_classes
-        entries = jnp.asarray(self.first)[batch["task_ids"]][:, None] + jnp.arange(most)
-        entries = jnp.minimum(entries, len(texts) - 1)
-        if len(texts) <= 4 * most:
-            return jnp.take_along_axis(images @ texts.T, entries, axis=1)
-        return jnp.einsum("bu,bcu->bc", images, texts[entries])
+        if len(texts) <= 4 * self.texts.most_classes:
+            return self.own_entries(cosines(images, texts), batch["task_ids"])
+        entries = self._entries(batch["task_ids"])
+        images, bad_images = _finite(images)
+        texts, bad_texts = _finite(texts)
+        product = jnp.einsum("bu,bcu->bc", images, texts[entries])
+        return jnp.where(bad_images[:, None] | bad_texts[entries], jnp.nan, product)
+
+    def _entries(self, task_ids: Int[Array, " B"]) -> Int[Array, "B C"]:
+        """Returns the entry of each class of each example's task."""
+        first = jnp.asarray(self.first)[task_ids][:, None]
+        return jnp.minimum(first + jnp.arange(self.texts.most_classes)[None], len(self.row) - 1)
+
+
+def cosines(images: Float[Array, "B U"], texts: Float[Array, "N U"]) -> Float[Array, "B N"]:
+    """Returns the product of normalized features.
+
+    Features of a failed run are NaN. The gradient of a plain product would have zero times NaN at
+    the features of all other runs.
+    """
+    images, bad_images = _finite(images)
+    texts, bad_texts = _finite(texts)
+    return jnp.where(bad_images[:, None] | bad_texts[None], jnp.nan, images @ texts.T)
+
+
+def _finite(features: Float[Array, "n U"]) -> tuple[Float[Array, "n U"], Bool[Array, " n"]]:
+    """Returns features with zeros in place of those that are not finite, and which these are."""
+    bad = ~jnp.isfinite(features).all(-1)
+    return jnp.where(bad[:, None], 0.0, features), bad

@@ -28,7 +28,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
 from mpt_jax.core.tree import Rules, flatten, unflatten
 from mpt_jax.models import class_losses, losses, metrics
-from mpt_jax.models.class_bank import ClassBank
+from mpt_jax.models.class_bank import ClassBank, cosines
 from mpt_jax.models.class_interface import ClassInterface
 from mpt_jax.models.class_texts import ClassTexts
 from mpt_jax.models.model import FROZEN, Model, RowCost
@@ -157,7 +157,7 @@ class PromptedDualEncoder(ClassInterface, Model):
         variables = flax.core.unfreeze(self.module.init(key, images, tokens, eot))
         return variables["params"], variables["params_axes"]
 
-    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Array]:
+    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
         """Returns the method's initial parameters, given the text encoder's token embeddings."""
         width = self.module.config.image.emb_dim
         context = SiteContext(embedding, self.input_vocabulary, width)
@@ -220,7 +220,7 @@ class PromptedDualEncoder(ClassInterface, Model):
             return self.own_logits(params, batch, prompt_rng)
         images, texts, scale = self._features(params, batch, prompt_rng)
         competes = self.bank.competes(batch["task_ids"])
-        return jnp.where(competes, scale * images @ texts.T, -jnp.inf)
+        return jnp.where(competes, scale * cosines(images, texts), -jnp.inf)
 
     def own_logits(
         self,
@@ -257,6 +257,11 @@ class PromptedDualEncoder(ClassInterface, Model):
             key: the random key of methods that draw prompts.
         """
         if "image_features" in batch:
+            if IMAGE in self.prompt.parts:
+                raise ValueError(
+                    "The batch has image_features, but the features of this model depend on its "
+                    "image tokens. Pass the images in the feature 'image'."
+                )
             return batch["image_features"]
         prompts = None
         if IMAGE in self.prompt.parts:
@@ -294,7 +299,8 @@ class PromptedDualEncoder(ClassInterface, Model):
                 embedded = jnp.where(slots[..., None] > 0, rows.astype(embedded.dtype), embedded)
             return _normalized(self.module.apply(variables, embedded, eot, method="encode_text"))
 
-        return self.bank.encode(encode, prompts, batch, self.text_chunk)
+        whole_groups = self.objective.softmax == class_losses.UNION
+        return self.bank.encode(encode, prompts, batch, self.text_chunk, whole_groups)
 
     # --- Batches and loss ------------------------------------------------------------------------
 
@@ -332,14 +338,14 @@ class PromptedDualEncoder(ClassInterface, Model):
         key = dropout_rng if prompt_rng is None else prompt_rng
         logits = self.logits(params, batch, key)
         target, has_label = batch["label"], batch["label"] >= 0
+        own_logits = logits
         if self.objective.softmax == class_losses.UNION:
             target = jnp.asarray(self.bank.first)[batch["task_ids"]] + jnp.maximum(target, 0)
+            own_logits = self.bank.own_entries(logits, batch["task_ids"])
         each = class_losses.class_cross_entropy(logits, target)
         if "labels" in batch:
             own = self.bank.is_own(batch["task_ids"])
-            binary = class_losses.multi_label_cross_entropy(
-                self.own_logits(params, batch, key), batch["labels"], own
-            )
+            binary = class_losses.multi_label_cross_entropy(own_logits, batch["labels"], own)
             each = jnp.where(has_label, each, binary)
         each = jnp.where(batch["loss_weights"] > 0, each, 0.0)  # padding may be infinite
         sums = {"cross_entropy": self._by_group(each, batch)}

@@ -131,7 +131,7 @@ class PromptedEncoderDecoder(T5XInterface, Model):
 
     # --- Parameters ------------------------------------------------------------------------------
 
-    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Array]:
+    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
         """Returns the method's initial parameters, given the backbone's token embeddings."""
         return self.prompt.init(key, self.runs, InitContext(embedding, self.input_vocabulary))
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from mpt_jax.core.batch import TEACHER_FEATURES, encoder_mask
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int
-from mpt_jax.models.objective import Distillation, Objective  # gin files name them here
+from mpt_jax.models.objective import Distillation, HasTerms, Objective  # gin files name them here
 
 Sums = dict[str, Float[Array, " G"]]
 
@@ -235,7 +235,7 @@ def normalizers(
 
 
 def total_loss(
-    objective: Objective,
+    objective: HasTerms,
     sums: Sums,
     normalizers: Sums,
     coefficients: Mapping[str, Array] | None = None,

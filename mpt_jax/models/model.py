@@ -125,7 +125,7 @@ class Model(abc.ABC):
         """Returns random backbone parameters and their logical axes, in T5X's format."""
 
     @abc.abstractmethod
-    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Array]:
+    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
         """Returns the method's initial parameters, given the backbone's token embeddings."""
 
     @abc.abstractmethod

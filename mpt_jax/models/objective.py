@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 _POSITIONS = ("include_prompt_positions", "include_text_positions")
 _STACKS = ("encoder_weight", "decoder_weight")
@@ -110,6 +111,15 @@ class Distillation:
                     f"{' and '.join(f'{t}={getattr(self, t)}' for t in terms)}. Leave it at "
                     f"{field.default!r}, or turn on {' or '.join(terms)}."
                 )
+
+
+@runtime_checkable
+class HasTerms(Protocol):
+    """The objective of any model, with the names of its loss terms."""
+
+    def coefficients(self) -> dict[str, float]:
+        """Returns each enabled term's coefficient in the total loss."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
