@@ -64,8 +64,8 @@ class SitePrompts(PromptMethod):
             With 1, tokens are inserted in the first layer only.
 
     Raises:
-        ValueError: neither site has a method, a method reads texts, or rows do not divide into
-            classes or layers.
+        ValueError: neither site has a method, a method reads texts or is a `SitePrompts`, or rows
+            do not divide into classes or layers.
     """
 
     text_context: PromptMethod | None = None
@@ -82,6 +82,11 @@ class SitePrompts(PromptMethod):
                 "least one of them to a prompt method, such as @prompt_tuning.PromptTuning()."
             )
         for site, method in self.parts.items():
+            if isinstance(method, SitePrompts):
+                raise ValueError(
+                    f"SitePrompts.{site} is another SitePrompts, but a site has one prompt. Set it "
+                    "to a method such as @prompt_tuning.PromptTuning()."
+                )
             if method.reads_text:
                 raise ValueError(
                     f"The prompts of the method {method.name!r} depend on an input text, but the "
@@ -160,7 +165,11 @@ class SitePrompts(PromptMethod):
         }
 
     def compose(self, params, runs, task_ids, given=NO_CONTEXT):
-        raise TypeError("A dual encoder has one prompt for each site; call `compose_site`.")
+        raise ValueError(
+            f"An artifact with prompts for {' and '.join(self.parts)} has no single plain prompt "
+            "[P, H], so it cannot be merged with other artifacts, and other methods cannot start "
+            "from it. Set INITIAL_ARTIFACT to this artifact only, in a job for images."
+        )
 
     def compose_site(
         self,
@@ -188,9 +197,9 @@ class SitePrompts(PromptMethod):
                 f"(method {source_method.name!r}) has none for {' and '.join(missing)}. Set "
                 "INITIAL_ARTIFACT to an artifact with prompts for the same sites."
             )
-        for setting in ("text_classes", "image_layers"):
+        for site, setting in ((TEXT, "text_classes"), (IMAGE, "image_layers")):
             own, other = getattr(self, setting), getattr(source_method, setting)
-            if own != other:
+            if site in self.parts and own != other:
                 raise ValueError(
                     f"SitePrompts.{setting} is {own}, but the initial artifact has {other}. Use "
                     "the same value in both jobs."
