@@ -63,7 +63,8 @@ class PromptedDualEncoder(ClassInterface, Model):
             the batch are left out.
 
     Raises:
-        ValueError: the context of the texts does not have the length of the prompt.
+        ValueError: the context of the texts does not have the length of the prompt, or prompts of
+            runs have different lengths.
     """
 
     backbone_pattern = BACKBONE
@@ -99,6 +100,7 @@ class PromptedDualEncoder(ClassInterface, Model):
         self.text_chunk = text_chunk
         self._trains_backbone = bool(labels)
         _check_context(prompt, texts)
+        _check_lengths(prompt, runs)
         self.labels = (
             *labels,
             *((f"prompt/{pattern}", label) for pattern, label in prompt.labels),
@@ -134,8 +136,9 @@ class PromptedDualEncoder(ClassInterface, Model):
 
     @property
     def training_settings(self) -> dict[str, Any]:
-        """The settings of the augmentation."""
-        return {"augmentation": self.augmentation and self.augmentation.config()}
+        """The settings of the augmentation, and the digest of the class texts."""
+        augmentation = self.augmentation and self.augmentation.config()
+        return {"augmentation": augmentation, "class_texts_sha256": self.texts.sha256}
 
     @property
     def input_digests(self) -> Mapping[str, str]:
@@ -377,6 +380,17 @@ def _check_context(prompt: SitePrompts, texts: ClassTexts) -> None:
             f"A task has {texts.most_classes} classes, but SitePrompts.text_classes is "
             f"{prompt.text_classes}. Set it to {texts.most_classes}."
         )
+
+
+def _check_lengths(prompt: SitePrompts, runs: Runs) -> None:
+    """Raises ValueError if prompts of a site are shorter for some runs."""
+    for site, method in prompt.parts.items():
+        if method.has_variable_lengths(runs):
+            shown = ", ".join(map(str, method.prompt_lengths(runs)))
+            raise ValueError(
+                f"The prompts of {site} have different lengths ({shown} positions), but all runs "
+                "need the same. Set PRIVATE_LENGTH to one number."
+            )
 
 
 def _variables(params: Params, tower: str) -> dict[str, Any]:
