@@ -143,6 +143,14 @@ class SitePrompts(PromptMethod):
         return any(method.depends_on_run_names for method in self.parts.values())
 
     @property
+    def start_from(self) -> dict[str, Any]:
+        """The rows of the initial artifact that each part starts from, which jobs record."""
+        settings = {
+            site: getattr(method, "start_from", None) for site, method in self.parts.items()
+        }
+        return {site: setting for site, setting in settings.items() if setting is not None}
+
+    @property
     def schedule_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The length of the longest schedule of a part."""
         return max(method.schedule_steps for method in self.parts.values())
@@ -211,12 +219,11 @@ class SitePrompts(PromptMethod):
         return started
 
     def source_prompt_length(self, source_method, source_runs):
-        """Returns the sum over sites that the artifact has, as its own length is."""
-        theirs = source_method.parts
+        """Returns the length of an artifact's prompts at all its sites, whose prompts must have the
+        lengths of this method's at the sites of both."""
         return sum(
-            method.source_prompt_length(theirs[site], source_runs)
-            for site, method in self.parts.items()
-            if site in theirs
+            self.parts.get(site, method).source_prompt_length(method, source_runs)
+            for site, method in source_method.parts.items()
         )
 
     def statistics(self, params, runs):

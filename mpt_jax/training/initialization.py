@@ -118,8 +118,9 @@ class InitialParams:
             it.
         artifact_sha256: the digest of the parameters in the initial artifact, if there is one.
         start_from: the setting that selects rows of the initial artifact (`prompts.warm_start`).
-            If sources were chosen by similarity, the resulting weight of each source. None if
-            there is no such artifact or the method has no such setting.
+            If sources were chosen by similarity, the resulting weight of each source. For prompts
+            at several sites, the setting of each site. None if there is no such artifact or the
+            method has no such setting.
         teacher_sha256: the digest of the table of teachers [K, P, H], if there is one.
         input_digests: see `Model.input_digests`. Artifacts must match them.
     """
@@ -129,7 +130,7 @@ class InitialParams:
     backbone_sha256: str | None
     vocabulary_sha256: str | None
     artifact_sha256: str | None = None
-    start_from: StartFrom | None = None
+    start_from: StartFrom | Mapping[str, StartFrom] | None = None
     teacher_sha256: str | None = None
     input_digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
