@@ -246,8 +246,10 @@ def test_transfer_one_site_of_two():
     only = SitePrompts(SharedPrompt(P))
     found = only.transfer(params, both, SOURCE, TARGETS)
     assert list(found) == [TEXT]
-    assert only.source_prompt_length(both, SOURCE) == P
+    assert only.source_prompt_length(both, SOURCE) == both.prompt_length
     assert both.source_prompt_length(only, SOURCE) == P
+    longer = SitePrompts(SharedPrompt(P + 1))
+    assert longer.source_prompt_length(both, SOURCE) == both.prompt_length + 1
     with pytest.raises(ValueError, match="'site_prompts'.* none for image_tokens"):
         both.transfer({TEXT: params[TEXT]}, only, SOURCE, TARGETS)
     text = SharedPrompt(P)

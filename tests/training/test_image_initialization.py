@@ -1,0 +1,170 @@
+"""Initial parameters and the fingerprint of a dual encoder's job."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax.backbones.t5.scanned_params import stack_layers
+from mpt_jax.checkpointing import fingerprint
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten
+from mpt_jax.models.class_texts import TaskClasses
+from mpt_jax.models.dual_encoder import FEATURES
+from mpt_jax.prompts.init import Uniform
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.prompts.shared_prompt import SharedPrompt
+from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
+from mpt_jax.training.initialization import Origins, initialize_params
+from mpt_jax.training.state import param_shapes
+from tests.fixtures import saved_artifacts, tiny_clip
+
+KEY = jax.random.PRNGKey(0)
+SCRATCH = Origins(scratch=True)
+SHARED = SitePrompts(SharedPrompt(3, Uniform()), SharedPrompt(6, Uniform()), image_layers=3)
+SOURCES = Runs(["pets", "shapes"], ["p", "s"])
+
+
+def saved(path, method=SHARED, runs=SOURCES, **settings):
+    """The artifact of a job from the same random backbone, and its parameters."""
+    model = tiny_clip.model(method, runs, **settings)
+    loaded = initialize_params(model, SCRATCH, KEY)
+    prompt = loaded.params["prompt"]
+    saved_artifacts.save(path, method, prompt, runs, **loaded.digests)
+    return str(path), prompt
+
+
+def test_initialize_params_with_text_prompt_has_whole_backbone():
+    model = tiny_clip.model(tiny_clip.prompts())
+    loaded = initialize_params(model, SCRATCH, KEY)
+    assert sorted(loaded.params) == ["image_encoder", "logit_scale", "prompt", "text_encoder"]
+    assert loaded.params["logit_scale"] == pytest.approx(2.6593, abs=1e-4)
+    names = {"embedding_sha256", "backbone_sha256", "vocabulary_sha256", "image_transform_sha256"}
+    assert set(loaded.digests) == names
+    assert all(len(digest) == 64 for digest in loaded.digests.values())
+
+
+def test_initialize_params_frozen_texts_replace_text_tower():
+    """The digest of the backbone is that of the whole backbone in both cases."""
+    model = tiny_clip.model(tiny_clip.prompts(text=False))
+    loaded = initialize_params(model, SCRATCH, KEY)
+    assert sorted(loaded.params) == [FEATURES, "image_encoder", "logit_scale", "prompt"]
+    table = loaded.params[FEATURES]["table"]
+    assert table.shape == (5, 10) and table.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(table, axis=-1), 1, atol=1e-6)
+    other = initialize_params(tiny_clip.model(tiny_clip.prompts()), SCRATCH, KEY)
+    assert loaded.digests == other.digests
+
+
+@pytest.mark.parametrize("sites", [(TEXT, IMAGE), (TEXT,)], ids=["both", "text"])
+def test_initialize_params_from_artifact(tmp_path, sites):
+    path, prompt = saved(tmp_path / "a")
+    parts = {TEXT: PromptTuning(3, Uniform()), IMAGE: PromptTuning(6, Uniform())}
+    method = SitePrompts(**{site: parts[site] for site in sites}, image_layers=3)
+    runs = Runs(["shapes", "shapes"], ["x", "y"], "independent")
+    loaded = initialize_params(
+        tiny_clip.model(method, runs), dataclasses.replace(SCRATCH, artifact=path), KEY
+    )
+    assert sorted(loaded.params["prompt"]) == sorted(sites)
+    for site in sites:
+        expected = np.broadcast_to(
+            prompt[site]["shared"][0], (2, *prompt[site]["shared"].shape[1:])
+        )
+        np.testing.assert_array_equal(loaded.params["prompt"][site]["table"], expected)
+    started = loaded.started_from
+    assert started is not None and len(started["artifact_sha256"]) == 64
+    assert started["start_from"] == dict.fromkeys(sites, "average")
+
+
+def test_initialize_params_from_other_artifact_fails(tmp_path):
+    class Larger(tiny_clip.Transform):
+        def config(self):
+            return {**super().config(), "size": 32}
+
+    path, _ = saved(tmp_path / "a", image_transform=Larger())
+    origins = dataclasses.replace(SCRATCH, artifact=path)
+    with pytest.raises(ValueError, match="other inputs: its image_transform_sha256"):
+        initialize_params(tiny_clip.model(SHARED), origins, KEY)
+    longer = SitePrompts(SharedPrompt(3, Uniform()), SharedPrompt(9, Uniform()), image_layers=3)
+    path, _ = saved(tmp_path / "b", longer)
+    origins = dataclasses.replace(SCRATCH, artifact=path)
+    with pytest.raises(ValueError, match="prompts of 12 positions, but this job needs 9"):
+        initialize_params(tiny_clip.model(SHARED), origins, KEY)
+    with pytest.raises(ValueError, match="another backbone"):
+        initialize_params(tiny_clip.model(SHARED), origins, jax.random.PRNGKey(1))
+
+
+# --- Fingerprint ---------------------------------------------------------------------------------
+
+
+class Crops:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def config(self):
+        return {"scale": self.scale}
+
+
+def of(**settings):
+    model = tiny_clip.model(settings.pop("prompt", tiny_clip.prompts()), **settings)
+    loaded = initialize_params(model, SCRATCH, KEY)
+    found = fingerprint.run_fingerprint(model, loaded, 8, 0, {})
+    assert json.loads(json.dumps(found)) == found
+    return found
+
+
+def test_fingerprint_of_same_job_resumes():
+    made = of(augmentation=Crops(0.08))
+    fingerprint.check_can_resume(made, of(augmentation=Crops(0.08)), "RUN")
+    assert made["method"] == "site_prompts" and made["augmentation"] == {"scale": 0.08}
+
+
+OTHER = TaskClasses("pets", ("cat", "dog", "bird"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"augmentation": Crops(0.5)}, "augmentation"),
+        ({"softmax": "union"}, "objective"),
+        ({"prompt": tiny_clip.prompts(image=False)}, "method_config"),
+        ({"texts": tiny_clip.texts(tasks=(OTHER, tiny_clip.SHAPES))}, "class_texts_sha256"),
+        ({"texts": tiny_clip.texts(position="middle")}, "class_texts_sha256"),
+    ],
+)
+def test_fingerprint_of_other_job_fails(settings, field):
+    with pytest.raises(ValueError, match=f"RUN .*{field}"):
+        fingerprint.check_can_resume(of(), of(**settings), "RUN")
+
+
+def test_fingerprint_of_other_transform_cannot_be_restored():
+    class Squash(tiny_clip.Transform):
+        def config(self):
+            return {**super().config(), "mode": "squash"}
+
+    found = []
+    for transform in (tiny_clip.Transform(), Squash()):
+        model = tiny_clip.model(image_transform=transform)
+        loaded = initialize_params(model, SCRATCH, KEY)
+        found.append(fingerprint.model_fingerprint(model, loaded))
+    with pytest.raises(ValueError, match="image_transform_sha256"):
+        fingerprint.check_can_restore(found[0], found[1], "CHECKPOINT")
+
+
+def test_scanned_backbone_has_the_same_logits():
+    """Layers of both towers in a loop: the same parameters, stacked."""
+    plain = tiny_clip.model()
+    config = dataclasses.replace(plain.module.config, scan_layers=True)
+    scanned, params = tiny_clip.model(config=config), tiny_clip.params(plain)
+    backbone = {k: v for k, v in params.items() if k != "prompt"}
+    stacked = {**jax.tree.map(jnp.asarray, stack_layers(backbone)), "prompt": params["prompt"]}
+    batch = tiny_clip.batch([0, 1], [0, 0])
+    first, second = jax.jit(plain.logits)(params, batch), jax.jit(scanned.logits)(stacked, batch)
+    np.testing.assert_allclose(first[0], second[0], atol=1e-5)
+    shapes = {name: x.shape for name, x in flatten(stacked).items()}
+    assert {name: x.shape for name, x in flatten(param_shapes(scanned)[0]).items()} == shapes
