@@ -259,7 +259,7 @@ def test_score_batch_union_training_still_scores_own_classes():
     np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("scale", [1.0, -1.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), -1.0])
 def test_masked_classes_never_win_and_have_no_gradient(scale):
     """With negative cosines everywhere, a logit of 0 would win; see MVLPT's released mask."""
     model, params = made(PROMPTS["class_specific"])

@@ -18,7 +18,7 @@ from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.shared_prompt import SharedPrompt
 from mpt_jax.prompts.sites import IMAGE, TEXT, SiteContext, SitePrompts, num_rows
-from tests.fixtures import tiny, tiny_clip
+from tests.fixtures import clip_models, tiny, tiny_clip
 
 P, H, WIDTH, LAYERS = 4, 6, 10, 3
 KEY = jax.random.PRNGKey(0)
@@ -294,8 +294,8 @@ def test_statistics_by_site():
 
 def test_model_random_draws_do_not_depend_on_microbatches():
     """CrossPT draws for each example of the image site; of the text context, one for each run."""
-    prompt = SitePrompts(crosspt(tiny_clip.CONTEXT), crosspt(6), image_layers=3)
-    model = tiny_clip.model(prompt)
+    prompt = SitePrompts(crosspt(tiny_clip.CONTEXT), crosspt(4), image_layers=2)
+    model = tiny_clip.model(prompt, config=clip_models.shallow())
     assert model.is_random
     params, key = tiny_clip.params(model), jax.random.PRNGKey(3)
     batch = model.number_examples(tiny_clip.batch([0, 1, 0, 1], [0, 0, 1, 1]))

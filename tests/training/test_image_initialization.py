@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -20,28 +21,36 @@ from mpt_jax.prompts.init import Uniform
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.shared_prompt import SharedPrompt
 from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
-from mpt_jax.training.initialization import Origins, initialize_params
+from mpt_jax.training.initialization import InitialParams, Origins, initialize_params
 from mpt_jax.training.state import param_shapes
-from tests.fixtures import saved_artifacts, tiny_clip
+from tests.fixtures import clip_models, saved_artifacts, tiny_clip
 
 KEY = jax.random.PRNGKey(0)
 SCRATCH = Origins(scratch=True)
-SHARED = SitePrompts(SharedPrompt(3, Uniform()), SharedPrompt(6, Uniform()), image_layers=3)
+CONFIG = clip_models.shallow()
+SHARED = SitePrompts(SharedPrompt(3, Uniform()), SharedPrompt(4, Uniform()), image_layers=2)
 SOURCES = Runs(["pets", "shapes"], ["p", "s"])
 
 
-def saved(path, method=SHARED, runs=SOURCES, **settings):
-    """The artifact of a job from the same random backbone, and its parameters."""
-    model = tiny_clip.model(method, runs, **settings)
-    loaded = initialize_params(model, SCRATCH, KEY)
-    prompt = loaded.params["prompt"]
-    saved_artifacts.save(path, method, prompt, runs, **loaded.digests)
-    return str(path), prompt
+def made(method=SHARED, runs=SOURCES, **settings):
+    return tiny_clip.model(method, runs, **{"config": CONFIG, **settings})
+
+
+@functools.cache
+def scratch():
+    """A job from a random backbone."""
+    return initialize_params(made(), SCRATCH, KEY)
+
+
+def saved(path, method=SHARED, **digests):
+    """An artifact of a job from the same random backbone, and its parameters."""
+    prompt = made(method).init_prompt(KEY, jnp.asarray(made().embedding(scratch().params)))
+    saved_artifacts.save(path, method, prompt, SOURCES, **{**scratch().digests, **digests})
+    return dataclasses.replace(SCRATCH, artifact=str(path)), prompt
 
 
 def test_initialize_params_with_text_prompt_has_whole_backbone():
-    model = tiny_clip.model(tiny_clip.prompts())
-    loaded = initialize_params(model, SCRATCH, KEY)
+    loaded = scratch()
     assert sorted(loaded.params) == ["image_encoder", "logit_scale", "prompt", "text_encoder"]
     assert loaded.params["logit_scale"] == pytest.approx(2.6593, abs=1e-4)
     names = {"embedding_sha256", "backbone_sha256", "vocabulary_sha256", "image_transform_sha256"}
@@ -51,52 +60,47 @@ def test_initialize_params_with_text_prompt_has_whole_backbone():
 
 def test_initialize_params_frozen_texts_replace_text_tower():
     """The digest of the backbone is that of the whole backbone in both cases."""
-    model = tiny_clip.model(tiny_clip.prompts(text=False))
+    model = made(tiny_clip.prompts(text=False, layers=2))
     loaded = initialize_params(model, SCRATCH, KEY)
     assert sorted(loaded.params) == [FEATURES, "image_encoder", "logit_scale", "prompt"]
     table = loaded.params[FEATURES]["table"]
     assert table.shape == (5, 10) and table.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(table, axis=-1), 1, atol=1e-6)
-    other = initialize_params(tiny_clip.model(tiny_clip.prompts()), SCRATCH, KEY)
-    assert loaded.digests == other.digests
+    assert loaded.digests == scratch().digests
 
 
 @pytest.mark.parametrize("sites", [(TEXT, IMAGE), (TEXT,)], ids=["both", "text"])
 def test_initialize_params_from_artifact(tmp_path, sites):
-    path, prompt = saved(tmp_path / "a")
-    parts = {TEXT: PromptTuning(3, Uniform()), IMAGE: PromptTuning(6, Uniform())}
-    method = SitePrompts(**{site: parts[site] for site in sites}, image_layers=3)
+    origins, prompt = saved(tmp_path / "a")
+    parts = {TEXT: PromptTuning(3, Uniform()), IMAGE: PromptTuning(4, Uniform())}
+    method = SitePrompts(**{site: parts[site] for site in sites}, image_layers=2)
     runs = Runs(["shapes", "shapes"], ["x", "y"], "independent")
-    loaded = initialize_params(
-        tiny_clip.model(method, runs), dataclasses.replace(SCRATCH, artifact=path), KEY
-    )
+    loaded = initialize_params(made(method, runs), origins, KEY)
     assert sorted(loaded.params["prompt"]) == sorted(sites)
     for site in sites:
-        expected = np.broadcast_to(
-            prompt[site]["shared"][0], (2, *prompt[site]["shared"].shape[1:])
-        )
+        shared = np.asarray(prompt[site]["shared"])
+        expected = np.concatenate([shared, shared])
         np.testing.assert_array_equal(loaded.params["prompt"][site]["table"], expected)
     started = loaded.started_from
     assert started is not None and len(started["artifact_sha256"]) == 64
     assert started["start_from"] == dict.fromkeys(sites, "average")
 
 
-def test_initialize_params_from_other_artifact_fails(tmp_path):
-    class Larger(tiny_clip.Transform):
-        def config(self):
-            return {**super().config(), "size": 32}
-
-    path, _ = saved(tmp_path / "a", image_transform=Larger())
-    origins = dataclasses.replace(SCRATCH, artifact=path)
-    with pytest.raises(ValueError, match="other inputs: its image_transform_sha256"):
-        initialize_params(tiny_clip.model(SHARED), origins, KEY)
-    longer = SitePrompts(SharedPrompt(3, Uniform()), SharedPrompt(9, Uniform()), image_layers=3)
-    path, _ = saved(tmp_path / "b", longer)
-    origins = dataclasses.replace(SCRATCH, artifact=path)
-    with pytest.raises(ValueError, match="prompts of 12 positions, but this job needs 9"):
-        initialize_params(tiny_clip.model(SHARED), origins, KEY)
-    with pytest.raises(ValueError, match="another backbone"):
-        initialize_params(tiny_clip.model(SHARED), origins, jax.random.PRNGKey(1))
+@pytest.mark.parametrize(
+    ("length", "digests", "words"),
+    [
+        (4, {"image_transform_sha256": "0" * 64}, "other inputs: its image_transform_sha256"),
+        (6, {}, "prompts of 9 positions, but this job needs 7"),
+        (4, {"embedding_sha256": "0" * 64}, "another backbone"),
+    ],
+)
+def test_initialize_params_from_other_artifact_fails(tmp_path, length, digests, words):
+    method = SitePrompts(
+        SharedPrompt(3, Uniform()), SharedPrompt(length, Uniform()), image_layers=2
+    )
+    origins, _ = saved(tmp_path / "a", method, **digests)
+    with pytest.raises(ValueError, match=words):
+        initialize_params(made(), origins, KEY)
 
 
 # --- Fingerprint ---------------------------------------------------------------------------------
@@ -110,10 +114,13 @@ class Crops:
         return {"scale": self.scale}
 
 
-def of(**settings):
-    model = tiny_clip.model(settings.pop("prompt", tiny_clip.prompts()), **settings)
-    loaded = initialize_params(model, SCRATCH, KEY)
-    found = fingerprint.run_fingerprint(model, loaded, 8, 0, {})
+def of(function=fingerprint.run_fingerprint, **settings):
+    """The fingerprint of a job, whose backbone has made-up digests."""
+    model = tiny_clip.model(settings.pop("prompt", None), **settings)
+    digests = model.input_digests
+    loaded = InitialParams(tiny_clip.params(model), "e", "b", "v", input_digests=digests)
+    arguments = (8, 0, {}) if function is fingerprint.run_fingerprint else ()
+    found = function(model, loaded, *arguments)
     assert json.loads(json.dumps(found)) == found
     return found
 
@@ -147,15 +154,16 @@ def test_fingerprint_of_other_transform_cannot_be_restored():
         def config(self):
             return {**super().config(), "mode": "squash"}
 
-    found = []
-    for transform in (tiny_clip.Transform(), Squash()):
-        model = tiny_clip.model(image_transform=transform)
-        loaded = initialize_params(model, SCRATCH, KEY)
-        found.append(fingerprint.model_fingerprint(model, loaded))
-    with pytest.raises(ValueError, match="image_transform_sha256"):
-        fingerprint.check_can_restore(found[0], found[1], "CHECKPOINT")
+    ours, saved = (
+        of(fingerprint.model_fingerprint, image_transform=transform)
+        for transform in (tiny_clip.Transform(), Squash())
+    )
+    fingerprint.check_can_restore(ours, ours, "CHECKPOINT")
+    with pytest.raises(ValueError, match="CHECKPOINT .*image_transform_sha256"):
+        fingerprint.check_can_restore(ours, saved, "CHECKPOINT")
 
 
+@pytest.mark.slow
 def test_scanned_backbone_has_the_same_logits():
     """Layers of both towers in a loop: the same parameters, stacked."""
     plain = tiny_clip.model()
