@@ -236,8 +236,8 @@ class PromptedDualEncoder(ClassInterface, Model):
         ids; minus infinity at classes that the task does not have. `texts` are the features of
         class texts, if they are known."""
         images, texts, scale = self._features(params, batch, prompt_rng, texts)
-        cosines = self.bank.own_cosines(images, texts, batch)
-        return jnp.where(self.bank.is_own(batch["task_ids"]), scale * cosines, -jnp.inf)
+        scores = self.bank.own_cosines(images, texts, batch)
+        return jnp.where(self.bank.is_own(batch["task_ids"]), scale * scores, -jnp.inf)
 
     def _features(
         self, params: Params, batch: Batch, prompt_rng: Key | None, texts: Array | None = None
