@@ -150,9 +150,10 @@ class PromptImageConverter(seqio.FeatureConverter):
             "example_ids": number,
         }
         if any(self._multi_label):
-            hot = tf.one_hot(targets, max(self._num_classes))
-            features["labels"] = tf.reduce_max(tf.concat([hot, tf.zeros_like(hot[:1])], 0), 0)
-            features["labels"].set_shape([max(self._num_classes)])
+            most = max(self._num_classes)
+            # A row of zeros, because an example may have no class.
+            hot = tf.concat([tf.one_hot(targets, most), tf.zeros([1, most])], 0)
+            features["labels"] = tf.reduce_max(hot, 0)
         return features
 
     def _row(self, example: Mapping[str, tf.Tensor]) -> tf.Tensor:
