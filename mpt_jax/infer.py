@@ -32,6 +32,7 @@ from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import datasets, task_lookup, token_tables, validation
 from mpt_jax.data.classes import is_image_task
+from mpt_jax.data.dataset_iterator import DatasetIterator
 from mpt_jax.data.image_preprocessors import EXAMPLE_NAMES
 from mpt_jax.data.iterators import HostShard
 from mpt_jax.evaluation.periodic_eval import on_device
@@ -160,7 +161,7 @@ def infer(
         vocabulary = task.output_features[output_vocab_feature_name].vocabulary
         pairs = _examples(dataset_cfg, task, converter).shard(num_shards, shard_id)
         windows = pairs.skip(done).batch(window * dataset_cfg.batch_size)
-        lines = (list(answer(rows, vocabulary=vocabulary)) for rows in windows)
+        lines = (list(answer(rows, vocabulary=vocabulary)) for rows in DatasetIterator(windows))
         _write(output, lines, checkpoint_period // window)
     return [str(output.path) for output in outputs]
 

@@ -22,7 +22,7 @@ def decode(encoded: tf.Tensor | bytes, what: tf.Tensor | str) -> tf.Tensor:
     """Decodes an image in a graph; `image_formats` says which files it reads.
 
     An image that cannot be decoded raises `tf.errors.InvalidArgumentError`, whose message
-    `iterators.plain_message` turns into one that names the example.
+    `dataset_iterator.plain_message` turns into one that names the example.
 
     Args:
         encoded: the content of the file, a scalar string.

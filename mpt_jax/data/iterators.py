@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from mpt_jax.batching.collate import Batch
 from mpt_jax.core import schema
 from mpt_jax.core.batch import num_rows
 from mpt_jax.core.comparison import check_same
+from mpt_jax.data.dataset_iterator import DatasetIterator
 
 _POSITION = "position.json"
 
@@ -89,11 +89,10 @@ class TrainIterator(Iterator[Batch]):
         buckets: LengthBuckets | None = None,
         prompt_length: int = 0,
     ):
-        self._iterator = iter(dataset)
+        self._iterator = DatasetIterator(dataset)
         self._share = share
         self._buckets = buckets
         self._prompt_length = prompt_length
-        self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
         self._identity = json.loads(json.dumps(dict(identity)))
         self._taken = 0
         self._reported = False
@@ -109,17 +108,15 @@ class TrainIterator(Iterator[Batch]):
                 f"does not fill one batch of {self._share.batch_size} rows. Lower "
                 "DatasetConfig.batch_size, or choose another split."
             ) from None
-        except tf.errors.InvalidArgumentError as error:
-            raise ValueError(plain_message(error)) from error
         self._taken += 1
-        batch = {name: value.numpy() for name, value in batch.items()}
+        batch = _arrays(batch)
         return self._share.rows_of_host(self._buckets.trim(batch) if self._buckets else batch)
 
     def state(self) -> bytes:
         """Returns the position. After it is restored, iteration continues with the next batch."""
         content = io.BytesIO()
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(content, "w") as archive:
-            self._checkpoint.write(os.path.join(folder, "position"))
+            self._iterator.checkpoint.write(os.path.join(folder, "position"))
             header = {"identity": self._identity, "batches_taken": self._taken}
             archive.writestr(_POSITION, json.dumps(header))
             for name in sorted(os.listdir(folder)):
@@ -154,7 +151,7 @@ class TrainIterator(Iterator[Batch]):
             for name, content in entries.items():
                 with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
                     file.write(content)
-            self._checkpoint.read(os.path.join(folder, "position")).assert_consumed()
+            self._iterator.checkpoint.read(os.path.join(folder, "position")).assert_consumed()
         self._taken = header.batches_taken
 
 
@@ -217,8 +214,8 @@ class EvalBatches:
 
     def _read(self) -> Iterator[tuple[np.ndarray, Batch]]:
         first = 0
-        for window in self._windows.as_numpy_iterator():
-            rows = dict(window)
+        for window in DatasetIterator(self._windows):
+            rows = _arrays(window)
             batches = bucketing.batches_of(
                 rows, self._share.batch_size, self._buckets, self._cut_targets
             )
@@ -260,14 +257,14 @@ class KeptBatches:
     def _read(self) -> dict[str, list[Batch]]:
         kept = {}
         window = bucketing.WINDOW * self._share.batch_size
-        parts = self._dataset.batch(window).prefetch(1).as_numpy_iterator()
-        rows: Batch = dict(next(parts))
+        parts = DatasetIterator(self._dataset.batch(window).prefetch(1))
+        rows = _arrays(next(parts))
         for name, size in self._sizes.items():
             kept[name] = []
             for start in range(0, size, window):
                 number = min(window, size - start)
                 if num_rows(rows) < number:
-                    more = next(parts)
+                    more = _arrays(next(parts))
                     rows = {key: np.concatenate([x, more[key]]) for key, x in rows.items()}
                 taken = {key: x[:number] for key, x in rows.items()}
                 rows = {key: x[number:] for key, x in rows.items()}
@@ -276,16 +273,11 @@ class KeptBatches:
         return kept
 
 
+def _arrays(features: Mapping[str, tf.Tensor]) -> Batch:
+    return {name: value.numpy() for name, value in features.items()}
+
+
 def fill(array: np.ndarray, rows: int) -> np.ndarray:
     """Returns `array` with zeros appended along its first axis, so that it has `rows` rows."""
     missing = rows - array.shape[0]
     return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
-
-
-def plain_message(error: tf.errors.InvalidArgumentError) -> str:
-    """Returns the message of a failed graph assertion, without the text that TensorFlow adds.
-
-    The message of any other error is returned unchanged.
-    """
-    match = re.search(r"assertion failed: \[(.*?)\]\s*\n", str(error), re.DOTALL)
-    return match.group(1) if match else str(error)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mpt_jax.core.runs import Runs
 from mpt_jax.data import datasets
-from mpt_jax.data.iterators import plain_message
+from mpt_jax.data.dataset_iterator import plain_message
 from mpt_jax.data.preprocessors import task_id
 from mpt_jax.data.sampling import EqualQuotas, task_mixture
 from mpt_jax.data.task_lookup import find_task

@@ -10,8 +10,8 @@ from PIL import Image
 from scipy import stats
 
 from mpt_jax.data import image_transforms
+from mpt_jax.data.dataset_iterator import plain_message
 from mpt_jax.data.image_transforms import Augmentation, ImageTransform
-from mpt_jax.data.iterators import plain_message
 from tests.fixtures.image_files import encoded, noise, photo
 
 SIZES = [

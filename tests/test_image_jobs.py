@@ -1,0 +1,258 @@
+"""Whole image jobs from the shipped gin files: training, evaluation, inference and stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gin
+import numpy as np
+import pytest
+
+from mpt_jax.artifacts import artifacts
+from mpt_jax.core.tree import flatten
+from tests.fixtures import image_jobs, picture_files
+from tests.fixtures.image_jobs import bindings, run_job
+from tests.fixtures.training_runs import assert_same_bits, prompts
+
+PAIR = ("job_pets", "job_shapes")
+COOP = {"CONTEXT_LENGTH": 2, "STEPS_PER_EPOCH": 1, "EVAL_PERIOD": 4}
+AUGMENTATION = "@image_transforms.Augmentation()"
+VPT = {"IMAGE_TOKENS": 2, "STEPS_PER_EPOCH": 1, "EVAL_PERIOD": 4, "AUGMENTATION": AUGMENTATION}
+
+
+@pytest.fixture(autouse=True)
+def gin_configuration():
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return image_jobs.write_clip(tmp_path_factory.mktemp("clip") / "clip")
+
+
+@pytest.fixture(scope="module")
+def coop(clip, tmp_path_factory):
+    """The root and the scores of a CoOp job."""
+    root = tmp_path_factory.mktemp("coop")
+    return root, run_job(["coop_target"], bindings(clip, root, PAIR, **COOP))
+
+
+@pytest.fixture(scope="module")
+def vpt(clip, tmp_path_factory):
+    """The root and the scores of an augmented VPT job."""
+    root = tmp_path_factory.mktemp("vpt")
+    return root, run_job(["vpt_target"], bindings(clip, root, PAIR, **VPT))
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def config(model_dir: Path) -> dict:
+    return artifacts.load_artifact(model_dir / "artifact").config
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+def test_coop_target_trains_and_records_its_scores(clip, coop, tmp_path):
+    root, scores = coop
+    folder = root / "coop_target"
+    assert set(scores) == set(PAIR) and all(set(x) == {"accuracy"} for x in scores.values())
+    found = config(folder)
+    assert found["run_names"] == list(PAIR) and found["groups"] == [0, 1]
+    assert found["metrics"]["scores"] == scores and found["step"] == 4
+    assert found["shapes"] == {"text_context/prompts": [2, 2, 16]}
+    assert len(found["image_transform_sha256"]) == 64
+    losses = [x for x in lines(folder / "metrics.jsonl") if x["folder"] == "train" and "loss" in x]
+    assert [x["step"] for x in losses] == [2, 4]
+    assert all({f"loss/{task}" for task in PAIR} <= set(x) for x in losses)
+    record = json.loads((folder / "run.jsonl").read_text())
+    assert record["trainable_parameters"] == 2 * 2 * 16
+    assert set(record["data"]) == set(PAIR)
+    run_job(["coop_target"], bindings(clip, tmp_path, PAIR, **COOP, TRAIN_STEPS=0))
+    first, last = prompts(tmp_path / "coop_target"), prompts(folder)
+    moved = np.abs(np.asarray(last["text_context/prompts"] - first["text_context/prompts"]))
+    assert (moved.max((1, 2)) > 1e-5).all()  # of each run
+
+
+def test_vpt_target_with_augmentation_trains(vpt):
+    root, scores = vpt
+    found = config(root / "vpt_target")
+    # Three layers of two tokens in each of two runs.
+    assert found["shapes"] == {"image_tokens/prompts": [2, 6, 24]}
+    assert found["metrics"]["scores"] == scores
+
+
+def test_predictions_beside_metrics_have_names_but_no_files(coop):
+    root, _ = coop
+    written = lines(root / "coop_target" / "inference_eval" / "job_pets-4.jsonl")
+    assert len(written) == 10
+    assert {"targets", "example_names"} <= set(written[0]["inputs"]), written[0]
+    assert "image" not in written[0]["inputs"]
+
+
+def test_resumed_with_augmentation_same_bits(clip, vpt, tmp_path):
+    root, _ = vpt
+    # Stopped in the middle of a pass, after steps that the schedule of 4 steps determines.
+    for steps in (1, 3, 4):
+        limit = {"train_script.train.total_steps": steps}
+        run_job(["vpt_target"], bindings(clip, tmp_path, PAIR, **VPT, **limit))
+    assert_same_bits(prompts(root / "vpt_target"), prompts(tmp_path / "vpt_target"))
+
+
+def test_augmentation_changes_training_and_is_part_of_the_fingerprint(clip, vpt, tmp_path):
+    root, _ = vpt
+    plain = {**VPT, "AUGMENTATION": None}
+    run_job(["vpt_target"], bindings(clip, tmp_path, PAIR, **plain))
+    one, other = prompts(tmp_path / "vpt_target"), prompts(root / "vpt_target")
+    assert any((np.asarray(one[name]) != np.asarray(other[name])).any() for name in one)
+    with pytest.raises(ValueError, match=r"(?s)another configuration.*augmentation"):
+        run_job(["vpt_target"], bindings(clip, tmp_path, PAIR, **{**VPT, "TRAIN_STEPS": 6}))
+
+
+def test_runs_of_one_job_equal_solo_jobs(clip, coop, tmp_path):
+    root, _ = coop
+    run_job(["coop_target"], bindings(clip, tmp_path, ["job_shapes"], **COOP))
+    (grouped,) = prompts(root / "coop_target").values()
+    (solo,) = prompts(tmp_path / "coop_target").values()
+    np.testing.assert_allclose(np.asarray(grouped)[1], np.asarray(solo)[0], atol=1e-6)
+
+
+def test_multi_label_task_trains_with_binary_cross_entropy(clip, tmp_path):
+    given = bindings(clip, tmp_path, ["job_tags", "job_pets"], **COOP)
+    scores = run_job(["coop_target"], given)
+    assert list(scores["job_tags"]) == ["map_11point"]
+    assert 0 <= scores["job_tags"]["map_11point"] <= 100
+    written = lines(tmp_path / "coop_target" / "metrics.jsonl")
+    losses = [x["loss/job_tags"] for x in written if x["folder"] == "train" and "loss" in x]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+def test_few_shot_runs_read_as_many_images_of_each_class(clip, tmp_path):
+    runs = ["job_pets_k2_per_class_s1", "job_shapes_k3_s0"]
+    run_job(["coop_target"], bindings(clip, tmp_path, runs, **COOP))
+    found = config(tmp_path / "coop_target")
+    rows = {name: x["splits"]["train"]["rows"] for name, x in found["data"].items()}
+    assert rows == {runs[0]: 6, runs[1]: 3}
+    assert len(picture_files.ids(runs[0])) == 6
+
+
+def test_fleet_has_a_run_for_each_task_shot_count_and_rate(clip, tmp_path):
+    fleet = {"SHOTS": [2], "SEEDS": [0], "LEARNING_RATES": [0.01, 0.1, 0.3]}
+    given = bindings(clip, tmp_path, PAIR, **COOP, **fleet)
+    scores = run_job(["coop_target", "runs/fleet"], given)
+    names = [f"{task}_k2_s0_lr{rate}" for task in PAIR for rate in (0.01, 0.1, 0.3)]
+    assert list(scores) == names
+    (table,) = prompts(tmp_path / "coop_target").values()
+    run_job(["coop_target", "runs/fleet"], [*given, "train_script.train.total_steps = 0",
+            f"ROOT = {str(tmp_path / 'start')!r}"])  # fmt: skip
+    (start,) = prompts(tmp_path / "start" / "coop_target").values()
+    moved = np.abs(np.asarray(table) - np.asarray(start)).max((1, 2)).reshape(2, 3)
+    # Equal images and initial values, so that a larger rate moves the prompt further.
+    np.testing.assert_array_equal(np.asarray(start)[0], np.asarray(start)[2])
+    assert (np.diff(moved) > 0).all()
+
+
+def test_photos_in_folders_of_several_sizes_train(clip, tmp_path, own_tasks):
+    name = image_jobs.register_photos(image_jobs.write_photos(tmp_path / "photos"))
+    scores = run_job(["vpt_target"], bindings(clip, tmp_path, [name], **VPT))
+    assert list(scores) == [name]
+    record = config(tmp_path / "vpt_target")["data"][name]
+    assert {split: x["rows"] for split, x in record["splits"].items()} == {
+        "train": 7, "validation": 7
+    }  # fmt: skip
+
+
+# --- Stages --------------------------------------------------------------------------------------
+
+SOURCE = """
+from __gin__ import dynamic_registration
+from mpt_jax.prompts import shared_prompt
+from mpt_jax.prompts import sites
+sites.SitePrompts.text_context = @shared_prompt.SharedPrompt()
+shared_prompt.SharedPrompt.prompt_length = %CONTEXT_LENGTH
+shared_prompt.SharedPrompt.init_prompt = %CONTEXT_INIT
+STAGE = 'source'
+GROUPS = 'joint'
+"""
+
+
+def test_target_starts_from_the_shared_prompt_of_a_source_stage(clip, tmp_path):
+    (tmp_path / "source.gin").write_text(SOURCE)
+    files = ["coop_target", str(tmp_path / "source")]
+    run_job(files, bindings(clip, tmp_path, PAIR, **COOP))
+    source = prompts(tmp_path / "source")
+    assert {name: x.shape for name, x in source.items()} == {"text_context/shared": (1, 2, 16)}
+    assert config(tmp_path / "source")["groups"] == [0, 0]
+    start = {"INITIAL_ARTIFACT": str(tmp_path / "source" / "artifact"), "TRAIN_STEPS": 0}
+    run_job(["coop_target"], bindings(clip, tmp_path, ["job_tags"], **COOP, **start))
+    target = prompts(tmp_path / "coop_target")["text_context/prompts"]
+    np.testing.assert_array_equal(target[0], source["text_context/shared"][0])
+    started = config(tmp_path / "coop_target")["started_from"]
+    assert started["artifact_sha256"]
+
+
+# --- Evaluation and inference --------------------------------------------------------------------
+
+
+def inference(clip, root, kind, **macros):
+    """The bindings of an evaluation or inference of a job's artifact."""
+    method = kind.removesuffix("_target")
+    given = bindings(
+        clip,
+        root / "read",
+        PAIR,
+        **{"CONTEXT_LENGTH": 2} if method == "coop" else {"IMAGE_TOKENS": 2},
+        INITIAL_ARTIFACT=str(root / kind / "artifact"),
+        **{"utils.DatasetConfig.split": "validation"},
+        **macros,
+    )
+    training = ("BATCH_SIZE", "TRAIN_STEPS", "EVAL_PERIOD", "SAVE_PERIOD", "STATS_PERIOD")
+    files = ["models/prompted_clip", f"methods/{method}"]
+    return files, [x for x in given if x.split(" = ")[0] not in training]
+
+
+@pytest.mark.parametrize("kind", ["coop", "vpt"])
+def test_eval_of_artifact_and_checkpoint_gives_the_scores_of_training(clip, kind, request):
+    root, expected = request.getfixturevalue(kind)
+    files, given = inference(clip, root, f"{kind}_target")
+    assert run_job(["eval", *files], given, "eval") == {4: expected}
+    checkpoint = str(root / f"{kind}_target" / "checkpoint_4")
+    files, given = inference(clip, root, f"{kind}_target", CHECKPOINT_PATH=checkpoint)
+    given = [x for x in given if not x.startswith("INITIAL_ARTIFACT")]
+    assert run_job(["eval", *files], given, "eval") == {4: expected}
+
+
+def test_infer_writes_names_predictions_and_scores(clip, coop):
+    root, scores = coop
+    found = {}
+    for mode in ("predict", "score", "predict_with_aux"):
+        files, given = inference(clip, root, "coop_target", **{"infer_script.infer.mode": mode})
+        paths = run_job(["infer", *files], given, "infer")
+        assert [Path(path).name.split("-")[0] for path in paths] == list(PAIR)
+        found[mode] = lines(Path(paths[0]))
+    ids = picture_files.ids("job_pets", "validation")
+    for written in found.values():
+        assert [x["inputs"] for x in written] == [{"example_names": name} for name in ids]
+    classes = image_jobs.CLASSES["job_pets"]
+    table = np.array([x["score"] for x in found["score"]])
+    assert table.shape == (10, 3)
+    np.testing.assert_allclose(np.exp(table).sum(1), 1, rtol=1e-5)
+    best = [classes[i] for i in table.argmax(1)]
+    for mode in ("predict", "predict_with_aux"):
+        assert [x["prediction"] for x in found[mode]] == best
+    aux = [x["aux"]["scores"] for x in found["predict_with_aux"]]
+    np.testing.assert_allclose(aux, table.max(1), rtol=1e-6)
+    gold = [classes[i % 3] for i in range(10)]
+    right = np.mean([a == b for a, b in zip(best, gold, strict=True)])
+    assert 100 * right == pytest.approx(scores["job_pets"]["accuracy"])
+
+
+def test_trainable_backbone_rules_are_not_needed_for_prompts(coop):
+    """The artifact holds prompts only."""
+    root, _ = coop
+    params = artifacts.load_artifact(root / "coop_target" / "artifact").params
+    assert list(flatten(params)) == ["text_context/prompts"]
