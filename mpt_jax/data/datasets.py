@@ -20,6 +20,7 @@ from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.data import task_lookup, token_tables, validation
+from mpt_jax.data.classes import is_image_task
 from mpt_jax.data.iterators import EvalBatches, HostShard, KeptBatches, TrainIterator
 from mpt_jax.data.preprocessors import TASK_IDS
 from mpt_jax.data.sampling import TaskMixture, equal_shares, task_mixture
@@ -274,12 +275,16 @@ def train_iterator(
     dataset = _batches(cfg, provider, converter, seqio.ShardInfo(0, 1), num_epochs=None)
     options = tf.data.Options()
     options.deterministic = True
-    # Steps take milliseconds to seconds, so two prefetched batches suffice. Prefetched batches are
-    # saved with the data position.
+    tasks = seqio.get_subtasks(provider)
+    # Prefetched batches are saved with the data position, except those of images, which are large:
+    # their position is counts, from which the same batches are made again.
+    if isinstance(provider, TaskMixture) and all(map(is_image_task, tasks)):
+        options.experimental_symbolic_checkpoint = True
+    # Steps take milliseconds to seconds, so two prefetched batches suffice.
     dataset = dataset.prefetch(2).with_options(options)
     sampler = getattr(provider, "sampler", None)
     identity = {
-        "tasks": [task.name for task in seqio.get_subtasks(provider)],
+        "tasks": [task.name for task in tasks],
         "sampler": repr(sampler),
         "split": cfg.split,
         "seed": cfg.seed,

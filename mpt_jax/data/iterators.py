@@ -1,7 +1,7 @@
 """Iterators over this host's rows of the batches, trimmed to length buckets.
 
 The position of the training iterator can be saved at any step and restored exactly. It includes the
-batches that tf.data has prefetched.
+batches that tf.data has prefetched, except batches of images.
 """
 
 from __future__ import annotations

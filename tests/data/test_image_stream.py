@@ -182,6 +182,13 @@ def test_restored_at_any_step_same_batches(step):
     assert_same(take(first, 3), expected[:3])
 
 
+def test_position_does_not_hold_the_prefetched_images():
+    """Two batches of 32 images of 64 x 64 take 786 KB."""
+    large = iterator(EqualQuotas(32, 3), TASKS[:2], size=64)
+    take(large, 5)
+    assert len(large.state()) < 10_000
+
+
 def test_saving_a_position_changes_nothing():
     plain, saved = iterator(), iterator()
     expected = take(plain, 10)
