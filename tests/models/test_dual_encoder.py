@@ -88,7 +88,8 @@ def run(model, params, batch):
 
     @jax.jit
     def forward(params, batch):
-        return *model.logits(params, batch), *model.loss_sums(params, batch)
+        own = model.bank.is_own(batch["task_ids"])
+        return model.logits(params, batch), own, *model.loss_sums(params, batch)
 
     logits, own, sums, metrics = forward(params, batch)
     return np.asarray(logits), np.asarray(own), np.asarray(sums["cross_entropy"]), metrics
@@ -271,7 +272,7 @@ def test_masked_classes_never_win_and_have_no_gradient(scale):
     def forward(prompt):
         whole = {**params, "prompt": prompt}
         loss = model.loss_sums(whole, batch)[0]["cross_entropy"].sum()
-        return loss, (model.logits(whole, batch)[0], model.predict_batch(whole, batch))
+        return loss, (model.logits(whole, batch), model.predict_batch(whole, batch))
 
     grads, (found, ids) = jax.grad(forward, has_aux=True)(params["prompt"])
     shapes = np.asarray(batch["task_ids"]) == 1

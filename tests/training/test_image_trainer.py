@@ -107,9 +107,9 @@ def test_text_chunk_texts_of_absent_runs_are_not_encoded():
     """Left out are all chunks that have only texts of runs without examples."""
     model, params = made(COOP, text_chunk=1)
     batch = tiny_clip.batch([0, 1, 2], [0, 0, 0], weights=[0.0, 1.0, 0.0])
-    texts = np.asarray(jax.jit(model._text_features)(params, batch, None))
+    texts = np.asarray(jax.jit(model.text_features)(params, batch))
     assert texts.any(-1).tolist() == [False] * 3 + [True] * 2 + [False] * 3
-    whole = jax.jit(made(COOP)[0]._text_features)(params, batch, None)
+    whole = jax.jit(made(COOP)[0].text_features)(params, batch)
     np.testing.assert_allclose(texts[3:5], whole[3:5], atol=1e-6)
 
 
