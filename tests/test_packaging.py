@@ -28,6 +28,9 @@ def test_wheel_contains_all_gin_files_and_expected_folders_only(wheel: Path) -> 
     names = zipfile.ZipFile(wheel).namelist()
     expected = {f"mpt_jax/configs/{p.relative_to(ROOT)}" for p in (ROOT / "gin").rglob("*.gin")}
     assert expected
+    data = (p for p in (ROOT / "mpt_jax/tasks/data").rglob("*") if p.is_file())
+    expected |= {str(p.relative_to(ROOT)) for p in data}
+    assert "mpt_jax/tasks/data/tiny_clip/model.safetensors" in expected
     assert expected <= set(names)
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"mpt_jax", "t5x.py"}
