@@ -54,6 +54,8 @@ class Fleet:
         tasks: The names of the SeqIO tasks (fleet.gin).
         shots: The numbers k of training examples per run; a None in the list stands for all
             (fleet.gin).
+        per_class: Whether k is the number of training examples of each class, as it must be for
+            images (fleet.gin).
         seeds: The seeds. A seed selects the draw of the k examples, or the order if a run uses all
             examples, and the initial values. None stands for draw 0 or, with all examples, for a
             single run with the name of its task (fleet.gin).
@@ -74,11 +76,12 @@ class Fleet:
     task_learning_rates: Sequence[int | float] | None = None
     starts: Sequence[str] | None = None
     inits: Mapping[str, PromptInit] | None = None
+    per_class: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             values = getattr(self, field.name)
-            if values is None:
+            if values is None or field.name == "per_class":
                 continue
             listed = isinstance(values, Sequence | Mapping) and not isinstance(values, str)
             if not listed or not values:
@@ -121,9 +124,9 @@ class Fleet:
         axes: tuple[Any, ...] = (*rates, self.starts, inits)
         members = []
         for draw in itertools.product(self.tasks, self.shots, self.seeds or (None,)):
-            data = _name(*draw, (None,) * len(axes))
+            data = _name(*draw, self.per_class, (None,) * len(axes))
             for values in itertools.product(*(axis or (None,) for axis in axes)):
-                name = _name(*draw, _if_several(axes, values))
+                name = _name(*draw, self.per_class, _if_several(axes, values))
                 _check_reads(name, data)
                 members.append(Member(name, draw[0], *values))
         counts = collections.Counter(member.name for member in members)
@@ -225,10 +228,12 @@ def _if_several(axes: Sequence[Sequence[Any] | None], values: Sequence[Any]) -> 
     ]
 
 
-def _name(task: str, shots: int | None, seed: int | None, differing: Sequence[Any]) -> str:
+def _name(
+    task: str, shots: int | None, seed: int | None, per_class: bool, differing: Sequence[Any]
+) -> str:
     """Returns a run's name. `differing` holds its settings, or None for shared settings."""
     rate, task_rate, start, init = differing
-    name = task if shots is None else f"{task}_k{shots}"
+    name = task if shots is None else f"{task}_k{shots}{'_per_class' if per_class else ''}"
     if shots is not None or seed is not None:
         name += f"_s{seed or 0}"
     name += "" if rate is None else f"_lr{_plain(rate)}"
