@@ -155,9 +155,7 @@ def class_texts(
             for template in templates:
                 text = template.replace("{}", name.replace("_", " "))
                 if context_length:
-                    ids, slots = _with_context(
-                        tokenizer, text.removesuffix("."), context_length, position
-                    )
+                    ids, slots = _with_context(tokenizer, text, context_length, position)
                 else:
                     ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
                     slots = [0] * len(ids)
@@ -180,13 +178,15 @@ def class_texts(
 
 
 def _with_context(
-    tokenizer: Tokenizer, name: str, length: int, position: str
+    tokenizer: Tokenizer, text: str, length: int, position: str
 ) -> tuple[list[int], list[int]]:
-    """Returns the ids and slots of a class text with context positions, whose ids are 0."""
+    """Returns the ids and slots of a class text "name." with context positions, whose ids are 0."""
     before = {"end": length, "middle": length // 2, "front": 0}[position]
     slots = list(range(1, length + 1))
-    words = list(tokenizer.encode(name))
-    rest = [*tokenizer.encode("."), tokenizer.eos_id]
+    # As in CoOp: tokens of the whole text, since a "?" at the end of a name merges with the stop.
+    whole = list(tokenizer.encode(text))
+    number = len(tokenizer.encode(text.removesuffix(".")))
+    words, rest = whole[:number], [*whole[number:], tokenizer.eos_id]
     ids = [tokenizer.bos_id, *[0] * before, *words, *[0] * (length - before), *rest]
     marks = [0, *slots[:before], *[0] * len(words), *slots[before:], *[0] * len(rest)]
     return ids, marks
