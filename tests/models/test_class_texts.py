@@ -57,6 +57,32 @@ def test_class_texts_context_as_written_by_hand(position, context):
         assert array.dtype == np.int32
 
 
+class Merging(tiny_clip.Tokenizer):
+    """Merges "?." into one token, as CLIP's tokenizer does."""
+
+    def encode(self, text):
+        head, found, tail = text.partition("?")
+        merged = {"": [50], ".": [51]}[tail] if found else []
+        return [*super().encode(head), *merged]
+
+
+@pytest.mark.parametrize(
+    ("position", "slots"),
+    [
+        ("end", [0, 1, 2, 0, 0, 0, 0, 0]),
+        ("middle", [0, 1, 0, 0, 2, 0, 0, 0]),
+        ("front", [0, 0, 0, 1, 2, 0, 0, 0]),
+    ],
+)
+def test_class_texts_name_that_merges_with_stop(position, slots):
+    """CoOp reads the tokens of "cat?.", whose end is one token, not those of "cat?" and "."."""
+    classes = TaskClasses("pets", ("cat?",))
+    found = class_texts([classes], Merging(), 12, 2, position)
+    assert found.slots.tolist() == [slots] and found.eot.tolist() == [5]
+    (ids,) = found.tokens
+    assert ids[np.array(slots) == 0].tolist() == [START, CAT, 51, END, 0, 0]
+
+
 def test_class_texts_context_ignores_templates():
     found = made(["cat"], ["the {}.", "a {}."], context=2)
     assert found.tokens.tolist() == [[START, 0, 0, CAT, DOT, END, 0, 0]]
