@@ -95,7 +95,9 @@ def run(model, params, batch):
     return np.asarray(logits), np.asarray(own), np.asarray(sums["cross_entropy"]), metrics
 
 
-@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x == "shared" else ()) for x in PROMPTS]
+)
 def test_logits_and_loss_match_numpy(name):
     model, params = made(PROMPTS[name])
     assert (FEATURES in params) == name.startswith("vpt") == ("text_encoder" not in params)
@@ -121,7 +123,7 @@ def test_logits_and_loss_match_numpy(name):
         assert metrics["loss"].weight[row] == metrics["accuracy"].weight[row] == len(mine)
 
 
-@pytest.mark.parametrize("position", ["middle", "front"])
+@pytest.mark.parametrize("position", ["middle", pytest.param("front", marks=pytest.mark.slow)])
 def test_logits_context_position_matches_numpy(position):
     texts = tiny_clip.texts(position=position)
     model, params = made(PROMPTS["coop"], texts=texts)

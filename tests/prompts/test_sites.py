@@ -49,7 +49,10 @@ METHODS = {
     "crosspt_private": lambda length: crosspt(length // 2, compose_by="private_cat"),
     "crosspt_mlp": lambda length: crosspt(length, reparameterize="all"),
 }
-EACH = pytest.mark.parametrize("name", METHODS)
+SLOW = ("mpt", "crosspt", "crosspt_joint")  # little different from the others
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in METHODS]
+)
 
 
 def made(name, **settings):
