@@ -61,8 +61,8 @@ class ClassVocabulary(seqio.PassThroughVocabulary):
         """Returns the text of each class in label order; the first template if none is given."""
         return [(template or self.templates[0]).replace(PLACE, name) for name in self.names]
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        """Returns the names of classes, separated by commas."""
+    def _decode(self, ids: Sequence[Any]) -> str:
+        """Returns the names of the classes with these integer ids, separated by commas."""
         return ", ".join(self.names[number] for number in ids)
 
     @property
