@@ -31,6 +31,7 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.config import trainer_choice
 from mpt_jax.convert import t5x as convert
 from mpt_jax.core.runs import Runs
+from mpt_jax.core.tree import flatten
 from mpt_jax.prompts.attempt import ATTEMPT
 from mpt_jax.prompts.base import InitContext, PromptMethod
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
@@ -364,6 +365,48 @@ def test_both_trainers_mixing_methods_same_prompts(stage, bare):
             assert moved == 0, "T5X's artifact has them too, or the two would not be the same"
         else:
             assert moved > 1e-3, f"{name} did not move"
+
+
+@pytest.mark.parametrize("name", ["coop_target", "vpt_target"])
+def test_both_trainers_images_same_prompts(name, bare):
+    """Images are decoded, augmented and classified by the same code; T5X also evaluates and writes
+    an artifact that serves."""
+    given = [f"--gin_file=gin/{name}.gin", "--gin_file=gin/tiny_vision.gin"]
+    given += ["--gin.LEARNING_RATE=0.05", "--gin.AUGMENTATION=@image_transforms.Augmentation()"]
+    folders = {trainer: bare / f"{name}_{trainer}" for trainer in ("first", "own", "t5x")}
+    dirs = {trainer: f"--gin.MODEL_DIR='{folder}'" for trainer, folder in folders.items()}
+    one = ("--gin.TRAIN_STEPS=1", "--gin.SAVE_PERIOD=1", *NO_EVALUATION)
+    run("train", *given, *one, dirs["first"], root=bare.parent, trainer="own")
+    given += [
+        f"--gin.INITIAL_ARTIFACT='{folders['first'] / 'artifact'}'",
+        "--gin.START_FROM='same'",
+    ]
+    for trainer in ("own", "t5x"):
+        run(
+            "train",
+            *given,
+            *STEPS,
+            *NO_EVALUATION,
+            dirs[trainer],
+            root=bare.parent,
+            trainer=trainer,
+        )
+    start, own, theirs = (
+        flatten(artifacts.load_artifact(folders[x] / "artifact").params)
+        for x in ("first", "own", "t5x")
+    )
+    assert set(own) == set(theirs)
+    for leaf, value in own.items():
+        np.testing.assert_allclose(theirs[leaf], value, rtol=0, atol=1e-5, err_msg=leaf)
+        assert np.abs(value - start[leaf]).max() > 1e-3, f"{leaf} did not move"
+
+
+def test_t5x_evaluates_images(bare):
+    model_dir = bare / "evaluated"
+    given = ["--gin_file=gin/coop_target.gin", "--gin_file=gin/tiny_vision.gin", *STEPS]
+    run("train", *given, f"--gin.MODEL_DIR='{model_dir}'", root=bare.parent)
+    (found,) = (model_dir / "inference_eval").glob("*-metrics.jsonl")
+    assert json.loads(found.read_text().splitlines()[-1])["accuracy"] > 20
 
 
 def test_t5x_resumed_run_with_draws_equals_uninterrupted_run(bare):
