@@ -3,7 +3,7 @@
 The record is part of a job's fingerprint, and is written to artifacts and to the record of best
 steps, so that scores of different data are never compared. Making it reads no data that a job would
 not read anyway: a TFDS data set is recorded by name, version and number of rows, and only sources
-with a method `sha256(split)`, such as files, are recorded with a digest.
+with a method `sha256(split)`, such as files and listed images, are recorded with a digest.
 """
 
 from __future__ import annotations
@@ -43,14 +43,18 @@ def of_job(configs: Iterable[DatasetConfig | None]) -> DataRecord:
             with explain_missing_data(task, cfg.split):
                 # A few-shot source has the source that it draws from, and its name has the draw.
                 source = task.source.source if hasattr(task.source, "draw") else task.source
-                if cfg.split in (source.splits or ()):
+                # A run may draw its validation images from train.
+                split = getattr(task.source, "origin", str)(cfg.split)
+                if split in (source.splits or ()):
                     entry = record.setdefault(name, {**_of_source(source), "splits": {}})
-                    entry["splits"][cfg.split] = of_split(source, cfg.split, cfg.use_cached)
+                    entry["splits"][cfg.split] = of_split(source, split, cfg.use_cached)
     return record
 
 
 def _of_source(source: Any) -> dict[str, Any]:
     """Returns a source's name, or its class if it has no name, and its text template, if any."""
+    while hasattr(source, "source"):  # of a division or a selection
+        source = source.source
     tfds = getattr(getattr(source, "tfds_dataset", None), "name", None)
     # Paths are left out, since a folder may be moved.
     name = getattr(source, "data", None) or tfds or type(source).__name__
@@ -61,6 +65,8 @@ def _of_source(source: Any) -> dict[str, Any]:
 def _of_split(source: Any, split: str, use_cached: bool) -> dict[str, Any]:
     if use_cached:  # the source itself may not be on this machine
         return {"rows": None}
-    rows = getattr(source, "num_rows", source.num_input_examples)(split)
-    digest = {"sha256": source.sha256(split)} if hasattr(source, "sha256") else {}
-    return {"rows": None if rows is None else int(rows)} | digest
+    counts = (getattr(source, name, None) for name in ("num_prepared_rows", "num_rows"))
+    rows = next(filter(None, counts), source.num_input_examples)(split)
+    digest = source.sha256(split) if hasattr(source, "sha256") else None
+    record = {"rows": None if rows is None else int(rows)}
+    return record | ({} if digest is None else {"sha256": digest})

@@ -168,9 +168,14 @@ class FewShotSource(seqio.DataSource):
     """
 
     def __init__(self, task: seqio.Task, draw: Draw):
-        super().__init__(splits=task.source.splits)
+        super().__init__(splits=())
         self._task, self.source, self.draw = task, task.source, draw
         self._drawn: dict[str, list[int]] = {}
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """The splits of the task's source, which may have to read its data."""
+        return self.source.splits
 
     @property
     def supports_arbitrary_sharding(self) -> bool:

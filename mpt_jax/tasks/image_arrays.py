@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ class ArrayImages(ListedImages):
     ):
         super().__init__((), multi_label)
         self.arrays, self.classes = data, tuple(classes)
+        self._pixels: dict[str, str] = {}  # split -> digest of its images
 
     def __str__(self) -> str:
         return "arrays" if isinstance(self.arrays, Mapping) else str(self.arrays)
@@ -43,6 +45,11 @@ class ArrayImages(ListedImages):
     def load(self, item: tf.Tensor) -> tf.Tensor:
         """Returns `item`, which is an encoded image."""
         return item
+
+    def sha256(self, split: str) -> str:
+        """Returns the SHA-256 of a split's ids, labels and pixels."""
+        listed = super().sha256(split)
+        return hashlib.sha256(f"{listed} {self._pixels[split]}".encode()).hexdigest()
 
     def read_listing(self) -> Listing:
         """Encodes the arrays; see `ListedImages.read_listing`.
@@ -65,6 +72,8 @@ class ArrayImages(ListedImages):
             images = _checked_images(data[split][0], f"{self}, {split}")
             labels = self._checked_labels(data[split][1], len(images), f"{self}, {split}")
             ids = tuple(f"{split}/{i}" for i in range(len(images)))
+            pixels = f"{images.shape} ".encode() + np.ascontiguousarray(images).tobytes()
+            self._pixels[split] = hashlib.sha256(pixels).hexdigest()
             encoded = [tf.io.encode_png(image).numpy() for image in images]
             listed[split] = Index(ids, labels), encoded
         check_classes(self, self.classes, [index for index, _ in listed.values()])

@@ -73,15 +73,16 @@ class FewShotImages(few_shot.FewShotSource):
 
     source: ImageSource
 
-    def __init__(self, task: seqio.Task, draw: few_shot.Draw):
-        super().__init__(task, draw)
-        self._has_validation = "validation" in task.source.splits
-        self._splits = tuple(dict.fromkeys([*task.source.splits, "validation"]))
+    @property
+    def splits(self) -> Sequence[str]:
+        """The splits of the task, and validation."""
+        return tuple(dict.fromkeys([*self.source.splits, "validation"]))
 
     @property
     def cut(self) -> tuple[str, ...]:
         """The splits that are selections."""
-        return self.draw.splits if self._has_validation else ("train", "validation")
+        has_validation = "validation" in self.source.splits
+        return self.draw.splits if has_validation else ("train", "validation")
 
     def origin(self, split: str) -> str:
         """Returns the split of the task that a split of the run is selected from."""

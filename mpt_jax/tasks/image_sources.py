@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -109,6 +111,12 @@ class ImageSource(seqio.DataSource):
         """Returns the number of images of a split on this machine."""
         return len(self.index(split))
 
+    def sha256(self, split: str) -> str | None:
+        """Returns the SHA-256 of what a split has, for the record of a job's data; None if the data
+        set is identified by its name and version."""
+        del split
+        return None
+
     def num_input_examples(self, split: str) -> int | None:  # type: ignore[override]
         """Returns the number of images of a split."""
         return self.num_rows(split)
@@ -168,6 +176,10 @@ class ListedImages(ImageSource):
         """Returns the index of a split."""
         return self.listing[1][split][0]
 
+    def sha256(self, split: str) -> str:
+        """Returns the SHA-256 of a split's ids and labels, see `index_sha256`."""
+        return index_sha256(self.index(split))
+
     def select(self, split: str, rows: Sequence[int]) -> tf.data.Dataset:
         """Returns the examples of some rows of a split, in the order given."""
         return self.stream(split, np.asarray(rows, np.int64))
@@ -185,6 +197,15 @@ class ListedImages(ImageSource):
             tf.data.Dataset.from_tensor_slices(listed),
             lambda x: {**x, "image": self.load(x["image"])},
         )
+
+
+def index_sha256(index: Index) -> str:
+    """Returns the SHA-256 of an index, in order. Each image is hashed as a line with the JSON list
+    [id, class ids]."""
+    digest = hashlib.sha256()
+    for row in zip(index.ids, index.labels, strict=True):
+        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def ragged(rows: Sequence[Sequence[int]]) -> tf.RaggedTensor:

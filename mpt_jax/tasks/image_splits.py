@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from mpt_jax.tasks.image_sources import SHOWN, ImageSource, Index, in_order
+from mpt_jax.tasks.image_sources import SHOWN, ImageSource, Index, in_order, index_sha256
 
 SHARES = (0.5, 0.2, 0.3)
 SPLITS = ("train", "validation", "test")
@@ -108,6 +108,12 @@ class DividedImages(ImageSource):
         """Returns the published number of images of a split; that on this machine if unknown."""
         return self.published[split] if split in self.published else self.num_rows(split)
 
+    def sha256(self, split: str) -> str | None:
+        """Returns the SHA-256 of the split's ids and labels and of the source's splits that it is a
+        part of; None if these have none."""
+        pool = [self.source.sha256(name) for name in self.parts[split].splits]
+        return None if None in pool else _sha256(self.index(split), pool)
+
     def rows(self, split: str) -> list[tuple[str, int]]:
         """Returns the (split of the source, row) of each image of a split, ascending.
 
@@ -186,6 +192,14 @@ class ChosenImages(ImageSource):
         """Returns the number of images of a split."""
         return len(self.ids[split]) if split in self.ids else self.source.num_input_examples(split)
 
+    def sha256(self, split: str) -> str | None:
+        """Returns the SHA-256 of a split's ids and labels and of the source's splits that it
+        selects from; that of the source for a split that the file does not name."""
+        if split not in self.ids:
+            return self.source.sha256(split)
+        pool = sorted({name for name, _ in self.places(split)})
+        return _sha256(self.index(split), [self.source.sha256(name) for name in pool])
+
     def few_shot_indices(self, split: str) -> list[int] | None:
         """Returns the rows of the source's split of the same name that a split of the file uses;
         None if the file does not name the split or takes images of another one."""
@@ -227,6 +241,11 @@ class ChosenImages(ImageSource):
         places = self.places(split)
         chosen = places if rows is None else [places[row] for row in rows.tolist()]
         return select_places(self.source, chosen)
+
+
+def _sha256(index: Index, pool: Sequence[str | None]) -> str:
+    """Returns the SHA-256 of an index and of the digests of what it is a part of."""
+    return hashlib.sha256(" ".join([index_sha256(index), *map(str, pool)]).encode()).hexdigest()
 
 
 def index_places(source: ImageSource, places: Sequence[tuple[str, int]]) -> Index:

@@ -80,6 +80,19 @@ class TfdsImages(ImageSource):
         """Returns the number of rows of a split of the published data set, without reading it."""
         return self.sizes[self.tfds_splits[split]]
 
+    def num_prepared_rows(self, split: str) -> int:
+        """Returns the number of rows of a split of the data set on this machine, without reading
+        them.
+
+        Raises:
+            FileNotFoundError: the data set is not prepared on this machine.
+        """
+        return self._prepared._size(self._prepared._builder(), self.tfds_splits[split])
+
+    def other_sizes(self) -> dict[str, tuple[int, int]]:
+        """Returns TFDS split -> (rows on this machine, rows published), for splits that differ."""
+        return self._prepared.other_sizes()
+
     def read_index(self, split: str) -> Index:
         """Reads the ids and labels of a split in one pass over its rows, without the images."""
         ids: list[str] = []
