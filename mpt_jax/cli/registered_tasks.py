@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import seqio
 from absl import logging
+from etils import epath
 
-from mpt_jax.cli.tasks import HEADERS, INDEX, MADE, SUITES, print_table
-from mpt_jax.data import task_lookup, vocabularies
+from mpt_jax.cli.tasks import INDEX, MADE, SUITES, images_folder, print_table, print_tasks
+from mpt_jax.data import image_formats, task_lookup, vocabularies
+from mpt_jax.data.classes import classes_of, is_image_task
 from mpt_jax.tasks import text_metrics
 from mpt_jax.tasks.few_shot import text_rows
+from mpt_jax.tasks.image_sets import published
 from mpt_jax.tasks.splits import PartsSource
+
+SHOWN = 10  # class names of a task
 
 
 def shipped() -> list[str]:
@@ -46,13 +53,12 @@ def list_tasks(found: Mapping[str, Sequence[str]]) -> None:
     """Prints a table for each module that registered tasks."""
     for module, names in found.items():
         if names:
-            rows = [_described(seqio.TaskRegistry.get(name)) for name in names]
-            print_table(module, HEADERS, rows)
+            print_tasks(module, [_described(seqio.TaskRegistry.get(name)) for name in names])
 
 
 def show_task(name: str, number: int, split: str, vocabulary: str | None) -> None:
     """Prints the first examples of a split as text, with their lengths in tokens, EOS included, and
-    the share of unknown tokens if there are any.
+    the share of unknown tokens if there are any; of an image task, see `_show_images`.
 
     Args:
         name: The name of a task or a few-shot run.
@@ -63,14 +69,22 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
             without lengths.
 
     Raises:
-        ValueError: the task or split does not exist, its data cannot be read, or `number` is not
-            positive.
+        ValueError: the task or split does not exist, its data cannot be read, `number` is not
+            positive, or a vocabulary is given for an image task.
         FileNotFoundError: the vocabulary does not exist.
     """
     if number < 1:
         raise ValueError(f"-n must be positive, got {number}.")
     task = task_lookup.find_task(name)
     task_lookup.check_split(task, split)
+    if is_image_task(task):
+        if vocabulary:
+            raise ValueError(
+                f"--vocabulary={vocabulary} counts tokens of texts, but the examples of {name} are "
+                "images. Drop --vocabulary."
+            )
+        _show_images(task, number, split)
+        return
     counted = vocabularies.load(vocabulary) if vocabulary else _own_vocabulary(task)
     rows = []
     with task_lookup.explain_missing_data(task, split):
@@ -80,14 +94,46 @@ def show_task(name: str, number: int, split: str, vocabulary: str | None) -> Non
             lengths = [_tokens(counted, text) if counted else "" for text in (inputs, targets)]
             rows.append((lengths[0], lengths[1], _on_one_line(targets), _on_one_line(inputs)))
     headers = ("input tokens", "target tokens", "targets", "inputs")
-    title = f"{name}, {split}; metrics (the first selects the best step): {_metrics(task)}"
     columns = slice(None) if counted else slice(2, None)
-    print_table(title, headers[columns], [row[columns] for row in rows])
+    print_table(_title(task, split), headers[columns], [row[columns] for row in rows])
+
+
+def _show_images(task: seqio.Task, number: int, split: str) -> None:
+    """Prints the classes and templates of an image task, and of the first examples of a split the
+    name, the classes, and the height and width in pixels.
+
+    Raises:
+        ValueError: the data cannot be read.
+    """
+    rows = []
+    with task_lookup.explain_missing_data(task, split):
+        classes = classes_of(task)
+        names = ", ".join(classes.names[:SHOWN])
+        more = ", ..." if len(classes.names) > SHOWN else ""
+        dataset = task.get_dataset(None, split, shuffle=False)
+        for row in dataset.take(number).as_numpy_iterator():
+            name, image = row["example_names"][0].decode(), row["image"][0]
+            try:
+                height, width = image_formats.pixels(image).shape[:2]
+            except ValueError as error:
+                raise ValueError(f"The image of {name} cannot be used: {error}") from error
+            shown = ", ".join(classes.names[label] for label in row["targets"]) or "none"
+            rows.append((name, shown, f"{height} x {width}"))
+    kind = "multi-label, " if classes.multi_label else ""
+    print(f"{kind}{len(classes.names):,} classes: {names}{more}")
+    print(f"templates: {' | '.join(classes.templates)}")
+    print_table(_title(task, split), ("example", "classes", "height x width"), rows)
+
+
+def _title(task: seqio.Task, split: str) -> str:
+    return f"{task.name}, {split}; metrics (the first selects the best step): {_metrics(task)}"
 
 
 def _described(task: seqio.Task) -> tuple[str, ...]:
-    """Returns a task's name, data set, split sizes and metrics, and whether its data is on this
-    machine and has the published size."""
+    """Returns a task's name, data set, split sizes, metrics and number of classes, and whether its
+    data is on this machine and has the published size."""
+    if is_image_task(task):
+        return _described_images(task)
     source, sizes = task.source, _sizes(task)
     if isinstance(source, seqio.FunctionDataSource):
         data, here = MADE, True
@@ -96,14 +142,43 @@ def _described(task: seqio.Task) -> tuple[str, ...]:
     else:
         data = str(getattr(source, "data", source))
         here = source.is_prepared() if isinstance(source, PartsSource) else bool(sizes)
-    rows = ", ".join(split if n is None else f"{split} {n:,}" for split, n in sizes.items())
     present = "yes" + _other_sizes(source) if here else "no"
-    return task.name, data, rows, _metrics(task), present
+    return task.name, data, _as_text(sizes), _metrics(task), "", present
 
 
-def _other_sizes(source: seqio.DataSource) -> str:
+def _described_images(task: seqio.Task) -> tuple[str, ...]:
+    """Returns what `_described` returns, of an image task. The numbers of a suite's task are known
+    without its data."""
+    source, sizes = task.source, _sizes(task)
+    while hasattr(source, "source"):  # of a division or a selection
+        source = source.source
+    data = str(getattr(source, "data", source))
+    folder = os.path.join(epath.Path(images_folder()), "")
+    data = data.removeprefix(folder)  # the rest is the same on every machine
+    here = source.is_prepared() if hasattr(source, "is_prepared") else bool(sizes)
+    present = "yes" + _other_sizes(source) if here else "no"
+    rows = _as_text(sizes or published.sizes(task.name))
+    return task.name, data, rows, _metrics(task), _num_classes(task), present
+
+
+def _num_classes(task: seqio.Task) -> str:
+    """Returns the number of classes; 'unknown' if a user's task needs data that is missing."""
+    try:
+        number = len(classes_of(task).names)
+    except Exception as error:
+        if not task_lookup.is_missing_data(error):
+            raise
+        number = published.num_classes(task)
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _as_text(sizes: Mapping[str, int | None]) -> str:
+    return ", ".join(split if n is None else f"{split} {n:,}" for split, n in sizes.items())
+
+
+def _other_sizes(source: Any) -> str:
     """Returns a note on splits whose number of rows differs from the published one, or ''."""
-    if not isinstance(source, PartsSource):
+    if not hasattr(source, "other_sizes"):
         return ""
     sizes = source.other_sizes().items()
     return "".join(f"; {split} has {n:,}, published {size:,}" for split, (n, size) in sizes)
@@ -144,13 +219,14 @@ def _on_one_line(text: str) -> str:
 
 
 def index() -> dict[str, list[list[str]]]:
-    """Returns {module: [name, data set, rows and metrics of each task]} of the shipped suites.
+    """Returns {module: [name, data set, rows, metrics and number of classes of each task]} of the
+    shipped suites.
 
     Call it in a process that has not imported these suites.
     """
     found = tasks_by_module(shipped())
     return {
-        module: [list(_described(seqio.TaskRegistry.get(name))[:4]) for name in names]
+        module: [list(_described(seqio.TaskRegistry.get(name))[:-1]) for name in names]
         for module, names in found.items()
     }
 

@@ -24,9 +24,12 @@ from rich.text import Text
 from mpt_jax.runtime.exits import exit_with
 
 # The suites of this repository, in the order of the list.
-SUITES = ("glue", "super_glue", "mrqa", "mpt_others", "extra_sources", "nlg", "toy")
+SUITES = (
+    *("glue", "super_glue", "mrqa", "mpt_others", "extra_sources", "nlg", "toy"),
+    *("image_sets.coop", "image_sets.elevater"),
+)
 INDEX = Path(__file__).parents[1] / "tasks" / "data" / "index.json"
-HEADERS = ("task", "data set", "rows", "metrics", "here")
+HEADERS = ("task", "data set", "rows", "metrics", "classes", "here")
 MADE = "made by a function"  # in place of a data set
 
 
@@ -56,20 +59,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 def list_index() -> None:
     """Prints a table for each shipped suite from the index, for a machine without the data sets."""
     for module, tasks in json.loads(INDEX.read_text(encoding="utf-8")).items():
-        rows = [(*task, "yes" if task[1] == MADE else "no") for task in tasks]
-        print_table(module, HEADERS, rows)
+        print_tasks(module, [(*task, "yes" if task[1] == MADE else "no") for task in tasks])
+
+
+def print_tasks(module: str, rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table of tasks, one cell for each of `HEADERS`. Only image tasks have classes."""
+    classes = HEADERS.index("classes")
+    shown = [i for i in range(len(HEADERS)) if i != classes or any(row[classes] for row in rows)]
+    print_table(module, [HEADERS[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 def _has_data(folder: str | None) -> bool:
-    """Whether the folder of TensorFlow Datasets has a data set of the index, in any version. True
-    for a storage bucket, which is not searched."""
+    """Whether the folder of TensorFlow Datasets has a data set of the index, in any version, or the
+    folder of images has one. True for a storage bucket, which is not searched."""
     folder = folder or os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
-    if "://" in folder:
+    folders = (folder, images_folder())
+    if any("://" in folder for folder in folders):
         return True
-    root = Path(folder).expanduser()
+    roots = [Path(folder).expanduser() for folder in folders]
     suites = json.loads(INDEX.read_text(encoding="utf-8")).values()
     names = {task[1].partition(":")[0] for tasks in suites for task in tasks} - {MADE}
-    return any(os.path.isdir(root / name) for name in names)
+    return any(os.path.exists(root / name) for root in roots for name in names)
+
+
+def images_folder() -> str:
+    """Returns the folder of `image_sets.rows.root`, whose module imports TensorFlow."""
+    project = os.environ.get("MPT_JAX_ROOT") or os.path.join(os.curdir, "runs")
+    return os.environ.get("MPT_JAX_IMAGES") or os.path.join(project, "images")
 
 
 def _run_with_seqio(args: argparse.Namespace) -> None:

@@ -136,13 +136,14 @@ def explain_missing_data(task_or_mixture: Any, split: str) -> Iterator[None]:
             raise
         source = getattr(task_or_mixture, "source", "its tasks' sources")
         reason = str(error).partition("\n")[0].rstrip(".")  # TFDS lists all data sets after it
+        has_advice = any(advice in reason for advice in ("tfds build", "Correct the path"))
         how = (
             " If the data is not on this machine, run `tfds build <name> --data_dir DIR` on a "
             "machine with internet access, copy DIR here, and pass --tfds_data_dir=DIR."
         )
         raise ValueError(
             f"The {split!r} split of {kind} {task_or_mixture.name!r} could not be read from "
-            f"{source}: {type(error).__name__}: {reason}.{'' if 'tfds build' in reason else how}"
+            f"{source}: {type(error).__name__}: {reason}.{'' if has_advice else how}"
         ) from error
 
 
