@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import seqio
 
 from mpt_jax.backbones.clip.config import CLIPConfig
 from mpt_jax.data.classes import classes_of
@@ -18,6 +20,7 @@ def texts_of_tasks(
     context_length: int = 0,
     position: str = "end",
     modules: Sequence[str] = (),
+    names_of: Callable[[seqio.Task], Sequence[str]] = lambda task: classes_of(task).names,
 ) -> ClassTexts:
     """Returns the class texts of registered image tasks.
 
@@ -27,6 +30,7 @@ def texts_of_tasks(
         config: the configuration of the backbone, which has a text tower.
         context_length, position: see `class_texts`.
         modules: the modules that register the tasks; imported first.
+        names_of: returns the class names of a task; `plan` has stand-ins for missing data.
 
     Raises:
         ValueError: a module or task is unknown, a task is not an image task, the backbone has no
@@ -46,6 +50,7 @@ def texts_of_tasks(
     import_suites(modules, task_names)
     tasks = []
     for name in dict.fromkeys(task_names):
-        classes = classes_of(find_task(name))
-        tasks.append(TaskClasses(name, classes.names, classes.templates, classes.multi_label))
+        task = find_task(name)
+        classes, names = classes_of(task), tuple(names_of(task))
+        tasks.append(TaskClasses(name, names, classes.templates, classes.multi_label))
     return class_texts(tasks, tokenizer, config.text.context_length, context_length, position)

@@ -23,13 +23,9 @@ from absl import app, flags, logging
 from mpt_jax import train as train_module
 from mpt_jax.config import gin_utils, trainer_choice
 from mpt_jax.data import sampling
-from mpt_jax.plan import chips, format, steps
+from mpt_jax.plan import chips, format, stand_ins, steps
 from mpt_jax.plan.steps import DoesNotFit, Job, MeshLayout, StepCost
-from mpt_jax.runtime import paths
 from mpt_jax.training.partitioning import PjitPartitioner
-
-# A placeholder: shapes do not depend on the vocabulary, so it is not read.
-_VOCABULARY = "toy.model"
 
 PARTITIONER = "partitioning.PjitPartitioner"
 MOST_PARTITIONS = 64  # largest model axis, a power of two
@@ -88,18 +84,23 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError, ImportError) as error:
         logging.error("%s", gin_utils.message(error))
         sys.exit(2)
-    print(
-        format.NOTE, format.table(costs), format.details(costs), format.verdicts(costs), sep="\n\n"
-    )
+    parts = [
+        format.NOTE,
+        stand_ins.note(job.model),
+        format.table(costs),
+        format.details(costs),
+        format.verdicts(costs),
+    ]
+    print(*filter(None, parts), sep="\n\n")
     if values.json:
         Path(values.json).write_text(json.dumps(format.as_json(costs), indent=1) + "\n")
 
 
 def read_job(gin_files: list[str], bindings: list[str], search_paths: list[str]) -> Job:
     """Returns the job that the gin files and bindings of a training stage configure."""
-    stand_in = f"VOCABULARY = {str(paths.SHIPPED / _VOCABULARY)!r}"
     with gin_utils.as_main(sys.modules[__name__]):
-        gin_utils.parse(gin_files, [stand_in, *bindings], search_paths)
+        gin_utils.parse(gin_files, bindings, search_paths)
+        stand_ins.bind()
         shapes = _take_mesh_shapes()
         return dataclasses.replace(gin_utils.configured(train)(), **shapes)
 
