@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from etils import epath
 
+from mpt_jax.data import image_formats
 from mpt_jax.tasks.image_files import ORDER, Listing
 from mpt_jax.tasks.image_sources import Index, ListedImages, check_classes
 
@@ -37,7 +38,6 @@ class ArrayImages(ListedImages):
     ):
         super().__init__((), multi_label)
         self.arrays, self.classes = data, tuple(classes)
-        self._pixels: dict[str, str] = {}  # split -> digest of its images
 
     def __str__(self) -> str:
         return "arrays" if isinstance(self.arrays, Mapping) else str(self.arrays)
@@ -47,9 +47,13 @@ class ArrayImages(ListedImages):
         return item
 
     def sha256(self, split: str) -> str:
-        """Returns the SHA-256 of a split's ids, labels and pixels."""
-        listed = super().sha256(split)
-        return hashlib.sha256(f"{listed} {self._pixels[split]}".encode()).hexdigest()
+        """Returns the SHA-256 of a split's ids, labels and pixels. Takes one pass over the images,
+        since an encoding may differ between versions of TensorFlow."""
+        digest = hashlib.sha256(super().sha256(split).encode())
+        for item in self.listing[1][split][1]:
+            pixels = image_formats.pixels(item)
+            digest.update(f" {pixels.shape} ".encode() + pixels.tobytes())
+        return digest.hexdigest()
 
     def read_listing(self) -> Listing:
         """Encodes the arrays; see `ListedImages.read_listing`.
@@ -72,8 +76,6 @@ class ArrayImages(ListedImages):
             images = _checked_images(data[split][0], f"{self}, {split}")
             labels = self._checked_labels(data[split][1], len(images), f"{self}, {split}")
             ids = tuple(f"{split}/{i}" for i in range(len(images)))
-            pixels = f"{images.shape} ".encode() + np.ascontiguousarray(images).tobytes()
-            self._pixels[split] = hashlib.sha256(pixels).hexdigest()
             encoded = [tf.io.encode_png(image).numpy() for image in images]
             listed[split] = Index(ids, labels), encoded
         check_classes(self, self.classes, [index for index, _ in listed.values()])
