@@ -7,6 +7,7 @@ from typing import Any
 
 import seqio
 
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.data import labels, task_lookup, token_tables
 from mpt_jax.data.classes import is_image_task
@@ -42,9 +43,10 @@ def check_settings(cfg: Any, setting: str, num_shards: int) -> None:
     if all(map(is_image_task, tasks)):
         if limits or cfg.by_length:
             raise ValueError(
+                f"The tasks {abbreviate([task.name for task in tasks])} are image tasks, so "
                 f"task_feature_lengths = {dict(limits or {})} and by_length = {cfg.by_length} "
-                "would have no effect on images, which all have the size that the backbone reads. "
-                "Set TASK_FEATURE_LENGTHS = {} and omit gin/runs/by_length.gin."
+                "would have no effect. Use a stage for images, such as gin/coop_target.gin, with "
+                "TASK_FEATURE_LENGTHS = {} and without gin/runs/by_length.gin."
             )
     elif limits is not None and (set(limits) != _FEATURES or min(limits.values()) < 1):
         raise ValueError(
