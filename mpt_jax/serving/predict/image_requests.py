@@ -57,7 +57,8 @@ class ImageReader:
         if mode not in MODES:
             raise ValueError(f"Unknown mode {mode!r}. Set it to {' or '.join(MODES)}.")
         self._rows = {name: row for row, name in enumerate(names)}
-        self._transform = {k: transform.get(k) for k in ("size", "mode", "resize_to")}
+        names = ("size", "mode", "resize_to")
+        self._transform: dict[str, Any] = {name: transform.get(name) for name in names}
         self._mode = mode
 
     def read(self, line: bytes, number: int) -> ImageRequest | Failure:
