@@ -155,7 +155,9 @@ PAIR = np.zeros((2, 2))
 NAN = np.array([[0.0, 0.0], [np.nan, 0.0]])
 
 
-@pytest.mark.parametrize("metric", [*SINGLE, *RANKED, image_metrics.roc_auc], ids=str)
+@pytest.mark.parametrize(
+    "metric", [*SINGLE, *RANKED, image_metrics.roc_auc], ids=lambda x: x.__name__
+)
 @pytest.mark.parametrize(
     ("targets", "scores", "message"),
     [
@@ -219,7 +221,9 @@ def test_errors_name_the_task():
         metric([], np.zeros((0, 2)))
 
 
-@pytest.mark.parametrize("metric", [*SINGLE, *RANKED, *IDS, image_metrics.roc_auc], ids=str)
+@pytest.mark.parametrize(
+    "metric", [*SINGLE, *RANKED, *IDS, image_metrics.roc_auc], ids=lambda x: x.__name__
+)
 def test_metrics_follow_the_conventions_of_seqio(metric):
     """SeqIO tells metrics apart by their arguments; `mpt-jax tasks` shows the names of values."""
     kind = "predictions" if metric in IDS else "scores"

@@ -88,7 +88,9 @@ class ImageEncoder(nn.Module):
             axes=("embed",),
         )
         first = over_rows(jnp.asarray(first, cfg.dtype), patches)
-        x = jnp.concatenate([jnp.broadcast_to(first, (len(images), 1, tower.emb_dim)), patches], 1)
+        x = jnp.concatenate(
+            [jnp.broadcast_to(first, (images.shape[0], 1, tower.emb_dim)), patches], 1
+        )
         shape, axes = (tower.num_tokens, tower.emb_dim), ("abspos_buckets", "embed")
         positions = layers.Table(shape, axes, std, name="position_embedding")()
         x = x + positions.astype(cfg.dtype)[None]

@@ -18,9 +18,11 @@ from absl import logging
 
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.runtime.exits import exit_with
+from mpt_jax.serving.export.images import write_images
 from mpt_jax.serving.export.writing import Settings, check_new, write
 from mpt_jax.serving.predict import backbone
-from mpt_jax.serving.predict.__main__ import add_model_arguments
+from mpt_jax.serving.predict.__main__ import add_model_arguments, load_images
+from mpt_jax.serving.predict.image_server import is_of_images
 from mpt_jax.serving.prompt_bank import Bank, Named
 
 
@@ -37,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             not args.without_weights,
         )
         check_new(Path(args.out))
+        if is_of_images(Named.parse(args.prompts[0]).folder):
+            config = write_images(Path(args.out), load_images(args), settings)
+            print(
+                f"{args.out}: scores of images for {', '.join(config['platforms'])}, "
+                f"{len(config['names'])} tasks. Its README.md says how to call them."
+            )
+            return
         bank = Bank.load([Named.parse(text) for text in args.prompts], args.folded)
         say = lambda text: print(f"mpt-jax export: {text}", file=sys.stderr)  # noqa: E731
         loaded = backbone.load(

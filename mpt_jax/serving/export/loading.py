@@ -20,6 +20,8 @@ CONFIG = "config.json"
 BACKBONE = "backbone.safetensors"
 PROMPTS = "prompts.safetensors"
 FORMAT = 1
+IMAGES = "images"  # field of config.json of an export that scores images
+SCORE = "score.jax"  # its function
 SEAL = "config_sha256"  # the digest of the other fields of config.json
 MOST_NAMED = 20  # names that an error lists; it only counts the others
 # The dtypes that are written. safetensors' reader of bytes, unlike that of files, has no bfloat16.
@@ -69,9 +71,12 @@ class Exported:
         self.names: list[str] = self.config["names"]
         self.backbone = self._arrays(Path(backbone or self.folder / BACKBONE), BACKBONE)
         self.prompts = self._arrays(self.folder / PROMPTS, PROMPTS)
+        self._score_images = None
+        if IMAGES in self.config:
+            self._score_images = jax.jit(self._function(SCORE).call)
         self._functions = {
             (name, int(length)): jax.jit(self._function(file).call)
-            for name, files in self.config["functions"].items()
+            for name, files in self.config.get("functions", {}).items()
             for length, file in files.items()
         }
 
@@ -108,16 +113,42 @@ class Exported:
         length = self.config["target_length"]
         return self._call("score", texts, rows, _padded(targets, length, "targets"))
 
-    def _call(
-        self, name: str, texts: Sequence[Sequence[int]], rows: Sequence[int], *others: np.ndarray
-    ) -> Any:
-        # The function does not check rows: others are prompts of zeros, or another task's.
+    def score_images(self, images: np.ndarray, rows: Sequence[int]) -> Any:
+        """Returns the log probability [B, C] of every class of each image's task, in nats; minus
+        infinity at classes that the task does not have.
+
+        Args:
+            images: uint8 [B, S, S, 3], resized as `config['images']['transform']` says.
+            rows: the row of each image's task (see `row`).
+
+        Raises:
+            ValueError: the export is of texts, a row does not exist, or images have another shape.
+        """
+        if self._score_images is None:
+            raise ValueError(f"{self.folder} is an export of texts. Call predict or score.")
+        self._check_rows(rows)
+        size = self.config[IMAGES]["transform"]["size"]
+        if images.dtype != np.uint8 or images.shape != (len(rows), size, size, 3):
+            raise ValueError(
+                f"images must be uint8 [{len(rows)}, {size}, {size}, 3], one for each row, got "
+                f"{images.dtype} {list(images.shape)}. Resize them as config.json says."
+            )
+        numbers = np.asarray(rows, np.int32)
+        return self._score_images(self.backbone, self.prompts, images, numbers)
+
+    def _check_rows(self, rows: Sequence[int]) -> None:
+        # The functions do not check rows: others are prompts of zeros, or another task's.
         if unknown := [row for row in rows if not 0 <= row < len(self.names)]:
             raise ValueError(
                 f"There is no row {unknown[0]}: the {len(self.names)} tasks have rows 0 to "
                 f"{len(self.names) - 1}, in the order of `names`. Get the row of a task with "
                 "`row(name)`."
             )
+
+    def _call(
+        self, name: str, texts: Sequence[Sequence[int]], rows: Sequence[int], *others: np.ndarray
+    ) -> Any:
+        self._check_rows(rows)
         lengths = sorted(length for function, length in self._functions if function == name)
         longest = max(map(len, texts))
         length = next((n for n in lengths if n >= longest), lengths[-1])
@@ -223,17 +254,30 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
     )
     is_digests = isinstance(digests, dict) and {BACKBONE, PROMPTS} <= set(digests)
     named = [x for files in functions.values() for x in files.values()] if is_table else []
-    for field, valid in {
+    checks = {
         "names": is_names,
         "target_length": type(length) is int and 0 < length < 2**31,
         "functions": is_table and {"predict", "score"} <= set(functions),
         "files_sha256": is_digests and set(named) <= set(digests),
-    }.items():
+    }
+    if IMAGES in config:
+        checks = {
+            "names": is_names,
+            IMAGES: _is_images(config[IMAGES]),
+            "files_sha256": is_digests and SCORE in digests,
+        }
+    for field, valid in checks.items():
         if not valid:
             problem = "is missing"
             if field in config:
                 problem = f"has the invalid value {str(config[field])[:80]}"
             raise ValueError(f"The field {field} of {path} {problem}. {ADVICE}")
+
+
+def _is_images(images: Any) -> bool:
+    transform = images.get("transform") if isinstance(images, dict) else None
+    size = transform.get("size") if isinstance(transform, dict) else None
+    return type(size) is int and 0 < size < 2**15
 
 
 def _is_length(key: str) -> bool:

@@ -91,7 +91,7 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
     config = dataclasses.replace(backbone.config, fused_attention=False)
     length, vocabulary = settings.target_length, backbone.vocabulary
     model = Functions(config, bank.method, length, vocabulary, bank.lengths_differ)
-    arguments = {"backbone": _flat(backbone.params), "prompts": _flat(bank.arrays)}
+    arguments = {"backbone": flat(backbone.params), "prompts": flat(bank.arrays)}
     files: dict[str, bytes] = {PROMPTS: save(arguments["prompts"])}
     weights = save(arguments["backbone"])
     functions: dict[str, dict[str, str]] = {"predict": {}, "score": {}}
@@ -139,8 +139,9 @@ def check_new(folder: Path) -> None:
         )
 
 
-def _flat(tree: Any) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(jax.device_get(x)) for name, x in flatten(tree).items()}
+def flat(tree: Any) -> dict[str, np.ndarray]:
+    """Returns the leaves of a tree as NumPy arrays, by path name."""
+    return {n: np.asarray(jax.device_get(x), order="C") for n, x in flatten(tree).items()}
 
 
 def _lowered(

@@ -67,14 +67,7 @@ def load(args: argparse.Namespace) -> Server | ImageServer:
     """Loads the server that the arguments describe: of images, if the prompts are of an image
     job."""
     if is_of_images(Named.parse(args.prompts[0]).folder):
-        images = ImageServer.load(
-            args.prompts,
-            args.backbone,
-            batch_size=args.batch_size,
-            dtype=args.dtype,
-            digest_backbone=args.backbone_digest,
-            warn=say,
-        )
+        images = load_images(args, args.batch_size)
         say(f"{len(images.names)} tasks, {images.nbytes / 2**20:.2f} MiB of prompts")
         return images
     server = Server.load(
@@ -93,6 +86,18 @@ def load(args: argparse.Namespace) -> Server | ImageServer:
     size = server.bank.nbytes / 2**20
     say(f"{len(server.bank.names)} tasks, {size:.2f} MiB of prompts")
     return server
+
+
+def load_images(args: argparse.Namespace, batch_size: int = 1) -> ImageServer:
+    """Loads the server of images that the arguments of `add_model_arguments` describe."""
+    return ImageServer.load(
+        args.prompts,
+        args.backbone,
+        batch_size=batch_size,
+        dtype=args.dtype,
+        digest_backbone=args.backbone_digest,
+        warn=say,
+    )
 
 
 def answer(server: Server | ImageServer, stream: BinaryIO, args: argparse.Namespace) -> Output:

@@ -65,6 +65,8 @@ class ImageServer:
 
     Attributes:
         names: the names that requests can use.
+        model, params, inputs: the arguments.
+        texts: the features [N,U] of all classes.
     """
 
     def __init__(
@@ -77,10 +79,12 @@ class ImageServer:
     ):
         self.names = model.runs.run_names
         self.digests = digests
-        self._model, self._inputs, self._batch_size = model, inputs, batch_size
-        self._params = params
-        texts = jax.jit(model.text_features)(params)
-        self._score = jax.jit(lambda params, batch: model.score_batch(params, batch, texts=texts))
+        self.model, self.params, self.inputs = model, params, inputs
+        self.texts = jax.jit(model.text_features)(params)
+        self._batch_size = batch_size
+        self._score = jax.jit(
+            lambda params, batch, texts: model.score_batch(params, batch, texts=texts)
+        )
 
     @classmethod
     def load(
@@ -139,12 +143,12 @@ class ImageServer:
     @property
     def nbytes(self) -> int:
         """The size of the prompts in bytes."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._params["prompt"]))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params["prompt"]))
 
     def reader(self, mode: str = "predict", truncate: bool = False) -> ImageReader:
         """Returns a parser of requests to this server."""
         del truncate  # images are never truncated
-        return ImageReader(self.names, self._inputs.transform, mode)
+        return ImageReader(self.names, self.inputs.transform, mode)
 
     def answer(self, requests: Sequence[ImageRequest | Failure]) -> list[Answer]:
         """Returns one answer for each request, in their order."""
@@ -159,13 +163,13 @@ class ImageServer:
                 "image": np.stack([part[row][1].image for row in rows]),
                 "task_ids": np.array([part[row][1].row for row in rows], np.int32),
             }
-            scores = np.asarray(self._score(self._params, batch))
+            scores = np.asarray(self._score(self.params, batch, self.texts))
             for (index, request), row in zip(part, scores, strict=False):
                 answers[index] = {**request.label, **self._answer(request, row)}
         return answers
 
     def _answer(self, request: ImageRequest, scores: np.ndarray) -> Answer:
-        task = self._inputs.tasks[request.row]
+        task = self.inputs.tasks[request.row]
         own = scores[: len(task.names)]
         if not np.isfinite(own).all():
             return {
