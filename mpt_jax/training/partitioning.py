@@ -344,12 +344,18 @@ def _is_axes(leaf: Any) -> bool:
 
 def put_like(state: Any, shardings: Mapping[str, Any], replicated: NamedSharding) -> Any:
     """Places a tree that contains parameters (an optimizer state, for example) on the mesh. A leaf
-    whose path ends in a parameter's name is sharded like it; all others are replicated."""
+    whose path ends in a parameter's name is sharded like it, unless it has fewer axes (an unused
+    statistic of Adafactor); all others are replicated."""
     return jax.tree.map(jax.device_put, state, shardings_like(state, shardings, replicated))
 
 
 def shardings_like(state: Any, shardings: Mapping[str, Any], replicated: NamedSharding) -> Any:
     """Returns the sharding that `put_like` gives each leaf of a tree."""
     by_name = flatten(shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
-    leaves = [by_suffix(by_name, name, replicated) for name in flatten(state)]
+
+    def sharding(name: str, leaf: Any) -> Any:
+        found = by_suffix(by_name, name, replicated)
+        return found if np.ndim(leaf) >= len(found.spec) else replicated
+
+    leaves = [sharding(name, leaf) for name, leaf in flatten(state).items()]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)

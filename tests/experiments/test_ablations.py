@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 
@@ -41,3 +42,15 @@ def test_ablations_row_parses_as_command(name, stage, added):
         gin_utils.parse(files, [*bindings, VOCABULARY], (str(ROOT),))
         assert value("MODEL").runs.num_rows
     gin.clear_config()
+
+
+def test_adafactor_job_trains_and_writes_its_record(tmp_path):
+    """The record is JSON, although the rule of the optimizer is a function."""
+    bindings = ["TRAIN_STEPS = 2", "EVAL_PERIOD = 2", "EVAL_STEPS = 1", "BATCH_SIZE = 4"]
+    bindings += ["EVALUATOR_NUM_EXAMPLES = 4", f"ROOT = {str(tmp_path)!r}"]
+    files = ["gin/pt_target.gin", "gin/tiny.gin", "gin/ablations/adafactor.gin"]
+    gin_utils.run_stage(files, bindings)
+    gin.clear_config()
+    record = json.loads((tmp_path / "pt_target" / "run.jsonl").read_text())
+    assert record["trainable_parameters"] == 20 * 128
+    assert "adafactor" in json.dumps(record)
