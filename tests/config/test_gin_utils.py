@@ -39,14 +39,20 @@ from tests.fixtures.processes import run_python, run_script
 pytestmark = pytest.mark.usefixtures("own_trainer")
 
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gin").rglob("*.gin"))
-STAGES = [name for name in FILES if "\nSTAGE = " in (ROOT / name).read_text()]
+# tests/config/test_image_gin.py.
+OF_IMAGES = [f"gin/{name}.gin" for name in ("coop_target", "vpt_target", "tiny_vision")]
+OF_IMAGES += [f"gin/methods/{name}.gin" for name in ("coop", "vpt", "sgd")]
+OF_IMAGES += ["gin/runs/image_cache.gin"]
+STAGES = [
+    name for name in FILES if "\nSTAGE = " in (ROOT / name).read_text() and name not in OF_IMAGES
+]
 TRAINING = [name for name in STAGES if name not in ("gin/eval.gin", "gin/infer.gin")]
 # Files that change a toy run.
 AFTER_TINY = ["gin/runs/demo.gin"]
 PACKED, BY_LENGTH = "gin/runs/packed.gin", "gin/runs/by_length.gin"
 TEACHER_CACHE = "gin/runs/teacher_cache.gin"
 SCOPES = ("train", "train_eval", "infer_eval")
-METHODS = [name for name in FILES if name.startswith("gin/methods/")]
+METHODS = [name for name in FILES if name.startswith("gin/methods/") and name not in OF_IMAGES]
 BACKBONE_METHODS = [
     f"gin/methods/{name}.gin" for name in ("full_finetuning", "layer_norms", "bitfit")
 ]
@@ -205,6 +211,7 @@ def test_gin_files_are_all_tested():
     }
     tested = {
         *FLEETS,
+        *OF_IMAGES,
         *STAGES,
         *METHODS,
         *AFTER_TINY,
