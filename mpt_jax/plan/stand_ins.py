@@ -23,7 +23,7 @@ from mpt_jax.runtime import paths
 from mpt_jax.tasks.image_sets import published
 
 _VOCABULARY = "toy.model"
-_LETTERS = 4  # of a token; CLIP's tokens of class names have more on average
+_LETTERS = 4  # of a token, so that the longest name of a set is not underestimated
 # What gin/models/prompted_clip.gin binds, with stand-ins for what may be missing.
 _IMAGE_BINDINGS = """
 from __gin__ import dynamic_registration

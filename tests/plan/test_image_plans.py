@@ -8,6 +8,7 @@ import json
 import pytest
 
 from mpt_jax.backbones.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
+from mpt_jax.batching import clip_tokenizer
 from mpt_jax.core.runs import Runs
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.image_converter import PromptImageConverter
@@ -22,8 +23,9 @@ from mpt_jax.tasks import images
 from mpt_jax.tasks.image_sets import coop, elevater
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.trainer import Trainer
-from tests.fixtures import tiny_clip
+from tests.fixtures import clip_files, tiny_clip
 from tests.fixtures.processes import ROOT, run_script
+from tests.fixtures.shared_data import shared
 
 assert coop and elevater  # importing them registers tasks
 NEEDS_LIBTPU = "libtpu, the TPUs' compiler, is not installed (pip install 'mpt-jax[tpu]')"
@@ -40,6 +42,24 @@ def test_estimated_tokenizer_counts_letters_and_digits(text, number):
     tokenizer = stand_ins.EstimatedTokenizer(100)
     assert len(tokenizer.encode(text)) == number
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (98, 99, 100)
+
+
+def test_estimated_tokenizer_bounds_longest_names_of_suites(tmp_path):
+    archive = shared("clip_bpe/bpe_simple_vocab_16e6.txt.gz")
+    folder = clip_files.write(tmp_path / "clip", clip_files.published_merges(archive))
+    clip = clip_tokenizer.ClipTokenizer.from_folder(folder)
+    estimated = stand_ins.EstimatedTokenizer(clip.vocab_size)
+    longest = {}
+    for row in (*coop.SETS, *elevater.SETS):
+        if row.name != "coop_imagenet":  # whose names are a file of CoOp
+            names = row.classes.names()
+            longest[row.name] = [
+                max(len(x.encode(name)) for name in names) for x in (clip, estimated)
+            ]
+    assert len(longest) == 31
+    assert all(real <= estimate <= 2.5 * real + 2 for real, estimate in longest.values()), longest
+    # With a context of 16, start, '.' and end, both are padded to 40 positions.
+    assert longest["coop_stanford_cars"] == [16, 19]
 
 
 @pytest.mark.usefixtures("own_tasks")
