@@ -1,6 +1,7 @@
 """Metrics of image classification, against scikit-learn and cases computed by hand."""
 
 import inspect
+import operator
 import warnings
 
 import numpy as np
@@ -152,6 +153,7 @@ SINGLE = [image_metrics.accuracy, image_metrics.mean_per_class, image_metrics.ca
 RANKED = [image_metrics.mean_average_precision, image_metrics.map_11point, image_metrics.f1_at(0.5)]
 IDS = [image_metrics.id_accuracy, image_metrics.id_mean_per_class]
 PAIR = np.zeros((2, 2))
+name_of = operator.attrgetter("__name__")
 NAN = np.array([[0.0, 0.0], [np.nan, 0.0]])
 
 
