@@ -1,9 +1,12 @@
 """Run time of a fleet of few-shot adaptations, compared with as many single-run jobs.
 
     python -m benchmarks.fleet --out docs/benchmarks/fleet.json
+    python -m benchmarks.fleet --suite images --sizes 1 32 --out docs/benchmarks/fleet_images.json
 
 MPT's target stage on the toy suite as in the demo (gin/runs/demo.gin): every run trains on 32
-examples for 200 steps of 4 examples, and is not evaluated. A fleet is one such command with n runs
+examples for 200 steps of 4 examples, and is not evaluated. Or CoOp on the small image world
+(gin/tiny_vision.gin) with cached features of images: every run trains on 5 images of each class
+for 200 steps of 16 images. A fleet is one such command with n runs
 in independent groups, so it takes the same steps on the same examples. It is compared with n
 processes one after another ("cold"; all but the first load the compiled step from JAX's cache on
 disk), and with n stages one after another in a process that has run one before ("warm"; the step is
@@ -23,54 +26,93 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import contest, figures
 from mpt_jax.config import gin_utils
 from mpt_jax.experiments import demo, results
-from mpt_jax.experiments.stages import Run, Stage, quoted, target_bindings, target_runs
+from mpt_jax.experiments.stages import Run, Stage, quoted, target_bindings
 from mpt_jax.runtime import compilation_cache
+from mpt_jax.tasks.few_shot import Draw
 
-SHOTS = 32
-STEPS, ROWS = demo.FEW
-FILES = ("gin/mpt_target.gin", "gin/tiny.gin", "gin/runs/demo.gin")
+STEPS = demo.FEW[0]
 COLD, WARM = "cold", "warm"
 
 
-def fleet_runs(number: int) -> tuple[Run, ...]:
-    """Returns the runs of a fleet: the demo's four target tasks, each with as many draws as needed.
-    A fleet of fewer than four runs has one run for each of the first tasks.
+class Suite(NamedTuple):
+    """What runs train on.
+
+    Attributes:
+        files: the gin files.
+        tasks: the names of four tasks.
+        shots: the number of training examples, of each class if `per_class`.
+        rows: the examples of a run in a step.
+        per_class: whether shots are those of each class.
+    """
+
+    files: tuple[str, ...]
+    tasks: tuple[str, ...]
+    shots: int
+    rows: int
+    per_class: bool = False
+
+
+SUITES = {
+    "text": Suite(
+        ("gin/mpt_target.gin", "gin/tiny.gin", "gin/runs/demo.gin"),
+        tuple(demo.TARGETS),
+        shots=32,
+        rows=int(demo.FEW[1]),
+    ),
+    "images": Suite(
+        ("gin/coop_target.gin", "gin/tiny_vision.gin", "gin/runs/image_cache.gin"),
+        ("toy_tint", "toy_digits", "toy_outline", "toy_gray_texture"),
+        shots=5,
+        rows=16,
+        per_class=True,
+    ),
+}
+
+
+def fleet_runs(number: int, suite: Suite = SUITES["text"]) -> tuple[Run, ...]:
+    """Returns the runs of a fleet: the suite's four tasks, each with as many draws as needed. A
+    fleet of fewer than four runs has one run for each of the first tasks.
 
     Raises:
         ValueError: `number` is greater than four and not a multiple of four.
     """
-    tasks = demo.TARGETS[:number]
+    tasks = suite.tasks[:number]
     if number % len(tasks):
         raise ValueError(
             f"A fleet of {number} runs cannot have equally many draws of {len(tasks)} tasks. "
-            f"Set --sizes to multiples of {len(demo.TARGETS)}, or to fewer than "
-            f"{len(demo.TARGETS)} runs."
+            f"Set --sizes to multiples of {len(suite.tasks)}, or to fewer than "
+            f"{len(suite.tasks)} runs."
         )
-    return target_runs(tasks, range(number // len(tasks)), SHOTS)
+    draws = (
+        Draw(task, suite.shots, seed, suite.per_class)
+        for task in tasks
+        for seed in range(number // len(tasks))
+    )
+    return tuple(Run(draw.task, draw.seed, draw.name) for draw in draws)
 
 
-def stage(root: Path, name: str, runs: Sequence[Run], steps: int) -> Stage:
+def stage(root: Path, name: str, runs: Sequence[Run], steps: int, suite: Suite) -> Stage:
     """Returns a stage that only trains these runs."""
     bindings = (
         f"ROOT = {quoted(str(root))}",  # has no source stage, so runs start from the shipped one
-        *target_bindings(runs, ROWS),
+        *target_bindings(runs, suite.rows),
         "train_script.train.infer_eval_dataset_cfg = None",
     )
-    return Stage(name, FILES, bindings, tuple(runs), steps)
+    return Stage(name, suite.files, bindings, tuple(runs), steps)
 
 
-def stages(root: Path, name: str, number: int, steps: int) -> Iterator[Stage]:
+def stages(root: Path, name: str, number: int, steps: int, suite: Suite) -> Iterator[Stage]:
     """Yields stages with new names and `number` runs each. Single runs cycle through the
     targets."""
-    singles = itertools.cycle(fleet_runs(len(demo.TARGETS)))
+    singles = itertools.cycle(fleet_runs(len(suite.tasks), suite))
     for turn in itertools.count():
-        runs = [next(singles)] if number == 1 else fleet_runs(number)
-        yield stage(root, f"{name}_{turn}", runs, steps)
+        runs = [next(singles)] if number == 1 else fleet_runs(number, suite)
+        yield stage(root, f"{name}_{turn}", runs, steps, suite)
 
 
 def as_command(job: Stage, root: Path, cache: str) -> None:
@@ -89,10 +131,10 @@ def as_command(job: Stage, root: Path, cache: str) -> None:
         raise RuntimeError(f"{job.name} failed:\n{ended.stderr[-3000:]}")
 
 
-def work(name: str, root: Path, steps: int) -> contest.Work:
+def work(name: str, root: Path, steps: int, suite: Suite) -> contest.Work:
     """Returns a contestant's turn: its next stage, to the end."""
     number = 1 if name in (COLD, WARM) else int(name)
-    jobs = stages(root, name, number, steps)
+    jobs = stages(root, name, number, steps, suite)
     run: Callable[[], Any]
     if name == WARM:
         gin_utils.log_progress()  # logs like a command line
@@ -103,10 +145,12 @@ def work(name: str, root: Path, steps: int) -> contest.Work:
     return contest.Work(run)
 
 
-def measure(root: Path, sizes: Sequence[int], steps: int, turns: int) -> dict[str, dict[str, Any]]:
+def measure(
+    root: Path, sizes: Sequence[int], steps: int, turns: int, suite: str
+) -> dict[str, dict[str, Any]]:
     """Measures the seconds of every contestant, and of its training steps."""
     names = [COLD, WARM, *(str(size) for size in sizes if size > 1)]
-    given = ["benchmarks.fleet", "--root", str(root), "--steps", str(steps)]
+    given = ["benchmarks.fleet", "--root", str(root), "--steps", str(steps), "--suite", suite]
     found = contest.compare({name: [*given, "--serve", name] for name in names}, turns)
     for name, row in found.items():
         # The first single run compiled its step.
@@ -147,6 +191,7 @@ def comparisons(found: dict[str, dict[str, Any]], sizes: Sequence[int]) -> list[
 def main() -> None:
     """Prints a table, and writes the figures to --out if given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--suite", choices=SUITES, default="text", help="default: %(default)s")
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--turns", type=int, default=5)
@@ -156,13 +201,18 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if args.serve:
-        contest.serve(lambda: work(args.serve, args.root, args.steps), warm_ups(args.serve))
+        suite = SUITES[args.suite]
+        contest.serve(lambda: work(args.serve, args.root, args.steps, suite), warm_ups(args.serve))
         return
     with tempfile.TemporaryDirectory() as root:
-        found = measure(Path(root), args.sizes, args.steps, args.turns)
+        found = measure(Path(root), args.sizes, args.steps, args.turns, args.suite)
     lines = comparisons(found, args.sizes)
     print(figures.table(list(lines[0]), [list(line.values()) for line in lines]))
-    record = {"steps": args.steps, "examples_of_a_run_in_a_step": ROWS, "turns": args.turns}
+    record = {
+        "steps": args.steps,
+        "examples_of_a_run_in_a_step": SUITES[args.suite].rows,
+        "turns": args.turns,
+    }
     record |= {"machine": figures.machine(), "contestants": found, "comparisons": lines}
     figures.write(record, args.out)
 
