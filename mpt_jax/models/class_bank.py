@@ -141,16 +141,17 @@ class ClassBank:
             return of(jnp.arange(number), jnp.asarray(texts))
         chunks = -(-number // chunk)
         padded = np.resize(np.arange(number), chunks * chunk).reshape(chunks, chunk)
-        step = jax.checkpoint(of)
 
+        # Around the condition: inside it, the loop would save the encoder's weights for each chunk.
+        @jax.checkpoint
         def one(entries: Array) -> Array:
             numbers = jnp.asarray(texts)[entries]
             if present is None:
-                return step(entries, numbers)
+                return of(entries, numbers)
             like = jax.eval_shape(of, entries, numbers)
             needed = present[jnp.asarray(self.row)[entries]].any()
             nothing = lambda *_: jnp.zeros(like.shape, like.dtype)  # noqa: E731
-            return jax.lax.cond(needed, step, nothing, entries, numbers)
+            return jax.lax.cond(needed, of, nothing, entries, numbers)
 
         features = jax.lax.map(one, jnp.asarray(padded))
         return features.reshape(chunks * chunk, -1)[:number]

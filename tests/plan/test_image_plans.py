@@ -114,7 +114,7 @@ TEXT = TextTowerConfig(
 IMAGE = ImageTowerConfig(
     num_layers=2, emb_dim=128, num_heads=2, mlp_dim=512, patch_size=16, image_size=32
 )
-CLASSES, CONTEXT, CHUNK, IMAGES = 256, 16, 128, 4  # images per chip
+CLASSES, CONTEXT, CHUNK, IMAGES = 256, 16, 16, 4  # images per chip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -151,3 +151,6 @@ def test_step_cost_class_texts_are_divided_over_chips():
     image = 2 * IMAGE.num_layers * IMAGE.num_tokens * 12 * IMAGE.emb_dim**2
     expected = CLASSES / 4 * text + IMAGES * image
     assert needs.cost.flops == pytest.approx(expected, rel=0.1)
+    # The weights of the text encoder are not saved for each of 16 chunks.
+    weights = 2 * TEXT.num_layers * (4 * width * width + 2 * width * TEXT.mlp_dim)
+    assert needs.temporaries < 4 * weights
