@@ -1,12 +1,13 @@
 """Images for callers without TensorFlow: decoding and the evaluation transform, with Pillow.
 
 `data/image_transforms.py` does the same in tf.data; its pixels differ from these by at most one
-level, except at sizes that Pillow 13 resizes in the other order of axes.
+level, and by two where a value is an exact half before it is rounded.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import warnings
 
 import numpy as np
@@ -19,7 +20,7 @@ _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 def decode(encoded: bytes) -> Image.Image:
     """Decodes an image to RGB. Transparency and EXIF orientation are ignored, and an animation is
-    represented by its first frame.
+    represented by its first frame. 16-bit values are reduced to their high byte.
 
     Raises:
         ValueError: the content is not an image of a known format, is damaged, or has more than
@@ -30,17 +31,21 @@ def decode(encoded: bytes) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(encoded), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"The image has {image.width} x {image.height} pixels, and the limit is "
-                    f"{MAX_PIXELS:,}. Save it with fewer pixels."
-                )
+                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+            if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
+    except _BOMBS as error:
+        raise ValueError(
+            f"The image has too many pixels ({error}), and the limit is {MAX_PIXELS:,}. Save it "
+            "with fewer pixels."
+        ) from error
     except UnidentifiedImageError as error:
         raise ValueError(
             f"The content is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image. Save the "
             "image in one of these formats."
         ) from error
-    except (OSError, SyntaxError, *_BOMBS) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"The image is damaged ({error}). Save it again, or copy it from an intact copy."
         ) from error
@@ -57,15 +62,39 @@ def transform(
         mode: `'crop'` resizes the shorter edge to `resize_to` and crops the center; `'squash'`
             resizes both edges to S.
         resize_to: the length of the shorter edge before the crop; None for S.
+
+    Raises:
+        ValueError: the image is so long that resizing would take too much memory.
     """
-    if image.size != (size, size):
-        if mode == "squash":
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-        else:
-            edge, shorter = resize_to or size, min(image.size)
-            width, height = (edge * length // shorter for length in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            # Half of an odd margin is rounded to the even number, as torchvision does.
-            left, top = round((width - size) / 2), round((height - size) / 2)
-            image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image)
+    if image.size == (size, size):
+        return np.asarray(image)
+    width = height = size
+    if mode != "squash":
+        edge, shorter = resize_to or size, min(image.size)
+        width, height = (edge * length // shorter for length in image.size)
+    left, right = _interval(image.width, width, size)
+    top, bottom = _interval(image.height, height, size)
+    # The bicubic filter reads two pixels on each side, or more if the image shrinks.
+    margin = 2 * max(image.height / height, 1) + 1
+    first, last = max(math.floor(top - margin), 0), min(math.ceil(bottom + margin), image.height)
+    if size * (last - first) > MAX_PIXELS:
+        raise ValueError(
+            f"The image has {image.width} x {image.height} pixels, too narrow for its length. Crop "
+            "it to a shorter one."
+        )
+    rows = image.crop((0, first, image.width, last))
+    # The width first in every version of Pillow, and only the pixels of the crop: the other pixels
+    # of a long image could take more memory than the machine has.
+    columns = rows.resize(
+        (size, rows.height), Image.Resampling.BICUBIC, box=(left, 0, right, rows.height)
+    )
+    box = (0, top - first, size, bottom - first)
+    return np.asarray(columns.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _interval(length: int, resized: int, size: int) -> tuple[float, float]:
+    """Returns where the central `size` of `resized` pixels begin and end along an edge of the image
+    with `length` pixels."""
+    # Half of an odd margin is rounded to the even number, as torchvision does.
+    first = round((resized - size) / 2)
+    return first * length / resized, min((first + size) * length / resized, length)
