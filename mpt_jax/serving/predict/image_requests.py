@@ -25,6 +25,7 @@ from mpt_jax.serving.predict.requests import MODES, Failure, label_of, object_of
 
 FIELDS = ("task", "image", "image_base64", "id")
 MOST_BYTES = 2**25  # of an encoded image
+MOST_LINE_BYTES = MOST_BYTES * 4 // 3 + 2**20  # base64 writes 3 bytes as 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ImageReader:
 
     def read(self, line: bytes, number: int) -> ImageRequest | Failure:
         """Parses line `number`, counted from 1. Returns a `Failure` if the line is invalid."""
-        fields = object_of(line, number)
+        fields = object_of(line, number, MOST_LINE_BYTES)
         if isinstance(fields, Failure):
             return fields
         label = label_of(fields, number)

@@ -143,10 +143,11 @@ class Reader:
         return [*ids[: limit - 1], self.vocabulary.eos_id], cut
 
 
-def object_of(line: bytes, number: int) -> dict[str, Any] | Failure:
-    """Returns the JSON object of line `number`, or a `Failure` if there is none."""
+def object_of(line: bytes, number: int, most_bytes: int = MOST_BYTES) -> dict[str, Any] | Failure:
+    """Returns the JSON object of line `number`, or a `Failure` if there is none or the line is
+    longer than `most_bytes`."""
     try:
-        return _object(line)
+        return _object(line, most_bytes)
     except (ValueError, RecursionError) as error:
         reason = schema.short(str(error))
         return Failure({"line": number}, f"The line cannot be read as a JSON object ({reason}).")
@@ -157,11 +158,11 @@ def label_of(fields: Mapping[str, Any], number: int) -> dict[str, Any]:
     return {"line": number} | ({"id": fields["id"]} if "id" in fields else {})
 
 
-def _object(line: bytes) -> dict[str, Any]:
+def _object(line: bytes, most_bytes: int) -> dict[str, Any]:
     if not line.strip():
         raise ValueError("the line is empty")
-    if len(line) > MOST_BYTES:
-        raise ValueError(f"it has {len(line):,} bytes; at most {MOST_BYTES:,} are read")
+    if len(line) > most_bytes:
+        raise ValueError(f"it has {len(line):,} bytes; at most {most_bytes:,} are read")
     value = json.loads(
         line,
         parse_constant=_reject_constant,
