@@ -288,7 +288,7 @@ class Bank:
         for artifact, name in additions:
             for row in row_names(artifact.runs, name):
                 if row in folders:
-                    raise ValueError(_taken(row, folders[row], artifact.path))
+                    raise ValueError(taken(row, folders[row], artifact.path))
                 folders[row] = artifact.path
             for leaf, values in self._blocks(artifact, groups).items():
                 blocks.setdefault(leaf, []).append(values)
@@ -364,7 +364,9 @@ def _written(leaf: Array, block: Array, first: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(leaf, block, first, axis=0)
 
 
-def _taken(name: str, first: str, second: str) -> str:
+def taken(name: str, first: str, second: str) -> str:
+    """Returns the message for a name of two rows, from artifacts at the paths `first` and
+    `second`."""
     where = f"both from {first}" if first == second else f"one from {first}, one from {second}"
     return (
         f"Two rows of the bank would have the name {name!r}, {where}. Rename the rows of one "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.sites import TEXT, SitePrompts
 from mpt_jax.serving.predict.image_requests import ImageReader, ImageRequest
 from mpt_jax.serving.predict.requests import Failure
-from mpt_jax.serving.prompt_bank import Named, row_names
+from mpt_jax.serving.prompt_bank import Named, row_names, taken
 
 Answer = dict[str, Any]
 
@@ -109,8 +110,11 @@ class ImageServer:
 
         Raises:
             FileNotFoundError: an artifact or the backbone does not exist.
-            ValueError: the artifacts disagree, or were trained with another backbone or tokenizer.
+            ValueError: the artifacts disagree, or were trained with another backbone or tokenizer;
+                two rows have the same name; or `batch_size` is not positive.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}. Set --batch-size to at least 1.")
         if path is None:
             raise ValueError(
                 "These prompts are of a CLIP, which is not shipped. Set --backbone to its Hugging "
@@ -119,13 +123,14 @@ class ImageServer:
         sources = [Named.parse(text) for text in prompts]
         found = [artifacts.load_artifact(source.folder) for source in sources]
         config = dataclasses.replace(read_clip_config(path), dtype=dtype)
+        if config.text is None:
+            raise ValueError(
+                f"{path} is a ViT without a text encoder. Set --backbone to the CLIP that the "
+                "prompts were trained on."
+            )
         backbone, tokenizer = load_clip(path, config), ClipTokenizer.from_folder(path)
         digests = _check(found, backbone, config, tokenizer, digest_backbone, warn)
-        names = [
-            name
-            for artifact, source in zip(found, sources, strict=True)
-            for name in row_names(artifact.runs, source.name)
-        ]
+        names = _names(found, sources)
         method, prompt = _plain(found)
         inputs = _inputs(found)
         model = PromptedDualEncoder(
@@ -138,6 +143,8 @@ class ImageServer:
         params = {**jax.tree.map(cast, backbone), "prompt": prompt}
         tables = artifacts.digest(flatten(prompt))
         digests["prompts_sha256"] = hashlib.sha256(f"{names} {tables}".encode()).hexdigest()
+        settings = json.dumps(dataclasses.asdict(inputs), sort_keys=True)
+        digests["inputs_sha256"] = hashlib.sha256(settings.encode()).hexdigest()
         return cls(model, jax.device_put(params), inputs, batch_size, digests)
 
     @property
@@ -227,6 +234,17 @@ def _check(
     }
 
 
+def _names(found: Sequence[Artifact], sources: Sequence[Named]) -> list[str]:
+    """Returns the names of all rows. Raises ValueError if two rows have the same name."""
+    folder_of: dict[str, str] = {}
+    for artifact, source in zip(found, sources, strict=True):
+        for name in row_names(artifact.runs, source.name):
+            if name in folder_of:
+                raise ValueError(taken(name, folder_of[name], artifact.path))
+            folder_of[name] = artifact.path
+    return list(folder_of)
+
+
 def _plain(found: Sequence[Artifact]) -> tuple[SitePrompts, dict[str, Any]]:
     """Returns the plain prompts of all rows, as a method and its parameters.
 
@@ -262,15 +280,13 @@ def _inputs(found: Sequence[Artifact]) -> Inputs:
     """Returns how the inputs of artifacts are made.
 
     Raises:
-        ValueError: artifacts differ in the position of class names, or in the classes of a task; or
-            an artifact records no classes of a task.
+        ValueError: artifacts differ in the position of class names, the image transform, or the
+            classes of a task; or an artifact records no classes of a task.
     """
     tasks: list[TaskClasses] = []
     known: dict[str, tuple[TaskClasses, str]] = {}
-    positions: dict[str, list[str]] = {}
     for artifact in found:
         recorded = artifact.config["images"]
-        positions.setdefault(recorded["context_position"], []).append(artifact.path)
         for name in artifact.runs.task_names:
             if name not in recorded["tasks"]:
                 raise ValueError(
@@ -288,14 +304,28 @@ def _inputs(found: Sequence[Artifact]) -> Inputs:
                     f"{name!r}. Serve them separately."
                 )
             tasks.append(task)
-    if len(positions) > 1:
-        values = "; ".join(f"{x!r} in {abbreviate(paths)}" for x, paths in positions.items())
+    position = _agreed(found, "context position", lambda images: images["context_position"])
+    transform = _agreed(found, "image transform", lambda images: images["transform"])
+    return Inputs(transform, position, tuple(tasks))
+
+
+def _agreed(found: Sequence[Artifact], what: str, value_of: Callable[[dict[str, Any]], Any]) -> Any:
+    """Returns a setting of artifacts' images.
+
+    Raises:
+        ValueError: it differs; the message lists each value with its artifacts.
+    """
+    folders: dict[str, list[str]] = {}
+    for artifact in found:
+        value = json.dumps(value_of(artifact.config["images"]), sort_keys=True)
+        folders.setdefault(value, []).append(artifact.path)
+    if len(folders) > 1:
+        values = "; ".join(f"{value} in {abbreviate(paths)}" for value, paths in folders.items())
         raise ValueError(
-            f"These artifacts cannot be served together, since their context position differs: "
-            f"{values}. Use only artifacts that agree."
+            f"These artifacts cannot be served together, since their {what} differs: {values}. Use "
+            "only artifacts that agree."
         )
-    transform = found[0].config["images"]["transform"]
-    return Inputs(transform, next(iter(positions)), tuple(tasks))
+    return value_of(found[0].config["images"])
 
 
 def _texts(
