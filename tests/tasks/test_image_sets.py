@@ -18,7 +18,7 @@ from tests.fixtures.gin_files import ROOT
 
 pytestmark = pytest.mark.usefixtures("data_dir", "own_tasks")
 
-read = picture_files.rows
+read, decoded = picture_files.rows, picture_files.decoded
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
@@ -198,9 +198,9 @@ def test_images_of_tfds_have_the_label_of_their_class_and_the_split_sizes(name):
             assert split not in source.splits
             continue
         found = read(name, split)
-        assert len(found) == size == len({x["example_ids"].item() for x in found})
+        assert len(found) == size == len({x["example_names"].item() for x in found})
         for example in found:
-            gray = example["image"].reshape(-1, 3)
+            gray = decoded(example).reshape(-1, 3).astype(int)
             assert np.ptp(gray, axis=0).max() <= 2  # one value, but for JPEG's rounding
             kind = int(np.abs(np.array(image_tfds_data.GRAYS) - gray.mean()).argmin())
             if name == "elevater_cifar10":  # whose names are in reverse order on disk
@@ -208,9 +208,9 @@ def test_images_of_tfds_have_the_label_of_their_class_and_the_split_sizes(name):
                 expected = (*names, "ship")[kind]
             else:
                 expected = names[min(kind, 1)] if "camelyon" in name else names[kind]
-            assert vocabulary.names[example["labels"].item()] == expected
+            assert vocabulary.names[example["targets"].item()] == expected
         index = source.index(split)
-        assert [x["labels"].tolist() for x in found] == [list(x) for x in index.labels]
+        assert [x["targets"].tolist() for x in found] == [list(x) for x in index.labels]
 
 
 def test_coop_caltech_leaves_out_two_classes(tmp_path):
@@ -234,7 +234,7 @@ def test_imagenet_reads_its_names_from_the_file_of_the_user(tmp_path):
     seqio.TaskRegistry.remove("coop_imagenet")
     rows.register([row])
     task = seqio.TaskRegistry.get("coop_imagenet")
-    assert [x["labels"].item() for x in read("coop_imagenet", "test")][:3] == [0, 1, 999]
+    assert [x["targets"].item() for x in read("coop_imagenet", "test")][:3] == [0, 1, 999]
     with pytest.raises(FileNotFoundError, match="Copy CoOp's classnames.txt there"):
         _ = classes_of(task).names
     (tmp_path / "imagenet").mkdir()
@@ -248,10 +248,10 @@ def test_imagenet_reads_its_names_from_the_file_of_the_user(tmp_path):
 
 def test_few_shot_run_of_a_tfds_task_is_nested_and_has_validation():
     found = {k: read(f"elevater_mnist_k{k}_per_class_s0", "train") for k in (1, 5)}
-    kept = {k: {x["example_ids"].item() for x in rows} for k, rows in found.items()}
+    kept = {k: {x["example_names"].item() for x in rows} for k, rows in found.items()}
     assert (len(kept[1]), len(kept[5])) == (3, 15) and kept[1] < kept[5]
     validation = read("elevater_mnist_k5_per_class_s0", "validation")
-    assert len(validation) == 12 and not kept[5] & {x["example_ids"].item() for x in validation}
+    assert len(validation) == 12 and not kept[5] & {x["example_names"].item() for x in validation}
 
 
 def test_published_split_is_replayed_with_images_of_tfds(tmp_path):
@@ -263,7 +263,7 @@ def test_published_split_is_replayed_with_images_of_tfds(tmp_path):
     (tmp_path / "split_zhou_DTD.json").write_text(json.dumps(split))
     image_tables.index_from_coop(tmp_path / "split_zhou_DTD.json", "elevater_dtd", tmp_path / "i")
     images.register_selection("dtd_zhou", "elevater_dtd", tmp_path / "i")
-    labels = [[x["labels"].item() for x in read("dtd_zhou", s)] for s in ("train", "validation")]
+    labels = [[x["targets"].item() for x in read("dtd_zhou", s)] for s in ("train", "validation")]
     assert labels == [[0, 46], [1]]
 
 
@@ -276,7 +276,7 @@ def test_published_split_is_replayed_with_images_of_tfds(tmp_path):
 )
 def test_voc_has_several_labels_and_an_explicit_policy(difficult, expected):
     images.register("voc_here", voc.source(difficult))
-    found = [x["labels"].tolist() for x in read("voc_here", "test")]
+    found = [x["targets"].tolist() for x in read("voc_here", "test")]
     assert found == expected * image_tfds_data.EACH
     assert classes_of(seqio.TaskRegistry.get("voc_here")).multi_label
     with pytest.raises(ValueError, match="difficult='maybe' is not a policy"):
@@ -293,14 +293,14 @@ def test_voc_names_have_spaces_except_in_the_published_version():
         ("tv monitor", "tvmonitor"),
     ]
     selected = [
-        {x["example_ids"].item() for x in read(f"{name}_k2_per_class_s1", "train")}
+        {x["example_names"].item() for x in read(f"{name}_k2_per_class_s1", "train")}
         for name in ("elevater_voc2007", "elevater_voc2007_published")
     ]
     assert selected[0] == selected[1]
 
 
 def test_kitti_labels_are_the_distance_of_the_nearest_vehicle():
-    found = [x["labels"].tolist() for x in read("elevater_kitti_distance", "validation")]
+    found = [x["targets"].tolist() for x in read("elevater_kitti_distance", "validation")]
     assert found == [[0], [2], [3]] * image_tfds_data.EACH
 
     def label(*objects):
@@ -353,9 +353,9 @@ def test_sets_of_folders_and_tables_are_read_in_the_documented_layout(base):
         rows.register([row])
         task = seqio.TaskRegistry.get(row.name)
         number = row.classes.number
-        assert [x["labels"].item() for x in read(row.name, "train")] == list(range(number))
+        assert [x["targets"].item() for x in read(row.name, "train")] == list(range(number))
         last = read(row.name, "test")[-1]
-        assert last["labels"].item() == number - 1 and last["image"].tolist() == [[[9, 9, 9]]]
+        assert last["targets"].item() == number - 1 and decoded(last).tolist() == [[[9, 9, 9]]]
         assert len(classes_of(task).names) == number
 
 
@@ -412,7 +412,7 @@ def test_fer2013_pixels_become_images(tmp_path):
     images.register("faces", source)
     for split, image in zip(("train", "validation"), pixels, strict=True):
         (example,) = read("faces", split)
-        np.testing.assert_array_equal(example["image"], np.repeat(image[..., None], 3, -1))
+        np.testing.assert_array_equal(decoded(example), np.repeat(image[..., None], 3, -1))
     (tmp_path / "fer2013.csv").write_text("emotion,pixels,Usage\n3,1 2 3,Training\n")
     with pytest.raises(ValueError, match="line 2: 3 pixels of usage 'Training' are not a FER-2013"):
         image_tables.from_fer2013(tmp_path / "fer2013.csv", tmp_path / "fer")
