@@ -190,9 +190,9 @@ def test_server_in_bfloat16_is_close(clip, coop):
 
 def test_server_score_that_is_not_finite_fails_its_line(clip, coop):
     server = load(clip, coop.folder)
-    tree = jax.tree.map(jnp.copy, server._params)
+    tree = jax.tree.map(jnp.copy, server.params)
     tree["logit_scale"] = jnp.full_like(tree["logit_scale"], jnp.nan)
-    server._params = tree
+    server.params = tree
     (answer,) = ask(server, [request("pets", PIXELS[0], id=7)])
     assert set(answer) == {"line", "id", "error"}
     assert answer["error"].startswith("The scores are NaN or infinite ([nan, nan, nan])")
