@@ -191,7 +191,3 @@ def test_transform_of_a_long_image_takes_little_memory(shape):
 def test_transform_too_narrow_image_fails():
     with pytest.raises(ValueError, match="has 1 x 400000 pixels, too narrow for its length. Crop"):
         images.transform(images.decode(strip(400_000, 1)), 224, "squash")
-
-
-def test_images_import_no_tensorflow():
-    run_script("import sys; sys.modules['tensorflow'] = None; import mpt_jax.batching.images")
