@@ -8,6 +8,7 @@ but changes to them are only logged.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -176,7 +177,12 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
 
 
 def _json_value(value: Any) -> Any:
-    """Returns a setting as a JSON value: a function, such as the optimizer's rule, by its name."""
+    """Returns a setting as a JSON value: a function, such as the optimizer's rule, by its name, and
+    the arguments that are bound to it."""
+    if isinstance(value, functools.partial):
+        given = [repr(x) for x in value.args]
+        given += [f"{name}={x!r}" for name, x in value.keywords.items()]
+        return f"{_json_value(value.func)}({', '.join(given)})"
     if callable(value):
         return getattr(value, "__name__", repr(value))
     return list(value) if isinstance(value, tuple) else value

@@ -3,9 +3,15 @@ checkpoint is read."""
 
 from __future__ import annotations
 
+import functools
+import json
+
 import pytest
 
+from mpt_jax.checkpointing import fingerprint
 from mpt_jax.checkpointing.fingerprint import check_can_restore, check_can_resume
+from mpt_jax.training.optimizers import PromptOptimizer, sgd
+from mpt_jax.training.schedules import Schedule
 
 OURS = {"embedding_sha256": "e", "backbone_sha256": "b", "random_seed": 0, "data": {}}
 
@@ -100,3 +106,37 @@ def test_resume_with_another_dropout_rate_warns(caplog):
     caplog.clear()
     check_can_resume({"objective": "x", "dropout_rate": 0.0}, {"objective": "x"}, "DIR")
     assert "changed settings" not in caplog.text
+
+
+# --- Functions among the optimizer's settings ----------------------------------------------------
+
+
+def settings_of(**fields):
+    return fingerprint._optimizer(
+        PromptOptimizer({"task": Schedule(0.1, decay="constant")}, **fields)
+    )
+
+
+def test_optimizer_rule_is_recorded_by_its_name():
+    found = settings_of(rule=sgd)
+    assert found["rule"] == "sgd" and found["task.peak"] == 0.1
+    assert json.loads(json.dumps(found)) == found
+    assert settings_of()["rule"] != "sgd"
+
+
+def test_optimizer_rule_with_arguments_is_recorded_with_them():
+    """Not with an address, which another process would report as a change."""
+    found = settings_of(rule=functools.partial(sgd, 0.9, weight_decay=0.01))["rule"]
+    assert found == "sgd(0.9, weight_decay=0.01)"
+    again = settings_of(rule=functools.partial(functools.partial(sgd, 0.9), weight_decay=0.01))
+    assert again["rule"] == found
+    assert settings_of(rule=functools.partial(sgd, 0.8))["rule"] == "sgd(0.8)"
+
+
+def test_resume_with_another_rule_warns(caplog):
+    ours, saved = ({"optimizer": {"rule": name}} for name in ("sgd", "adam"))
+    with caplog.at_level("WARNING", logger="absl"):
+        check_can_resume({**ours, "data": {}}, {**ours, "data": {}}, "DIR")
+        assert not caplog.messages
+        check_can_resume({**ours, "data": {}}, {**saved, "data": {}}, "DIR")
+    assert "rule" in caplog.text and "'adam'" in caplog.text and "'sgd'" in caplog.text
