@@ -117,7 +117,8 @@ class Ours:
             CLIP(config), prompt, Runs(["task"]), texts(config, context), optimizer
         )
         backbone = weights(config)
-        first = model.init_prompt(jax.random.PRNGKey(0), model.embedding(backbone))
+        embedding = jax.numpy.asarray(model.embedding(backbone))
+        first = model.init_prompt(jax.random.PRNGKey(0), embedding)
         params = model.precompute({**backbone, "prompt": first})
         partitioner = PjitPartitioner()
         state = create_train_state(model, params, partitioner)
