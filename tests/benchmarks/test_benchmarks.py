@@ -16,6 +16,7 @@ from benchmarks import (
     contest,
     figures,
     fleet,
+    images,
     positions,
     ragged,
     ragged_batches,
@@ -25,6 +26,7 @@ from benchmarks import (
     tune_crosspt,
 )
 from benchmarks.contestants import Ours, Peft, t5
+from mpt_jax.backbones.clip import CLIPConfig, ImageTowerConfig, TextTowerConfig
 from mpt_jax.batching.collate import Batch, Example
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import sampling
@@ -409,3 +411,51 @@ def test_best_of_says_that_the_best_is_at_the_edge_of_a_grid():
     assert inside == "Best: 0.1 (60.00)."
     for scores in ({0.01: 61.0, 0.1: 60.0}, {0.01: 59.0, 0.1: 60.0}):
         assert figures.best_of(scores).endswith("at the edge of the grid: extend it.")
+
+
+# --- Images --------------------------------------------------------------------------------------
+
+
+def small_clip() -> CLIPConfig:
+    """A CLIP with room for the benchmark's texts; its activation is one that transformers has."""
+    image = ImageTowerConfig(
+        num_layers=2, emb_dim=24, num_heads=3, mlp_dim=40, patch_size=4, image_size=16
+    )
+    text = TextTowerConfig(
+        num_layers=2, emb_dim=16, num_heads=2, mlp_dim=36, vocab_size=60,
+        context_length=images.LENGTH,
+    )  # fmt: skip
+    return CLIPConfig(image=image, text=text, joint_dim=10)
+
+
+@pytest.mark.parametrize("method", images.METHODS)
+def test_images_step_trains_only_the_prompt(method: str) -> None:
+    config = small_clip()
+    ours, made = images.Ours(method, config), images.batch(config)
+    before, loss = ours.prompt(), ours.loss(made)
+    rows = images.CONTEXT if method == "coop" else 2 * images.TOKENS
+    assert before.shape == (rows, 16 if method == "coop" else 24)
+    assert list(flatten(ours.trainer.state.trainable)) == [
+        "prompt/text_context/table" if method == "coop" else "prompt/image_tokens/table"
+    ]
+    for _ in range(5):
+        ours.step(made)
+    assert np.abs(ours.prompt() - before).max() > 0 and ours.loss(made) < loss
+
+
+def test_images_texts_reserve_the_context() -> None:
+    config = small_clip()
+    for context in (0, images.CONTEXT):
+        texts = images.texts(config, context)
+        assert texts.context_length == context and (texts.slots.max(1) == context).all()
+        assert (texts.eot > context).all() and (texts.eot < images.LENGTH).all()
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+def test_images_contestants_take_the_same_steps() -> None:
+    """Losses before and after two steps; with another prompt in torch, the check fails."""
+    differences = images.check(small_clip())
+    assert set(differences) == {"coop", "vpt"} and max(differences.values()) < 1e-4
+    with pytest.raises(ValueError, match="The losses of coop differ by .*: not the same step."):
+        images.check(small_clip(), tolerance=0.0)

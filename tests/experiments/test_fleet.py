@@ -7,6 +7,7 @@ import pytest
 from mpt_jax.core import runs
 from mpt_jax.experiments import fleet
 from mpt_jax.experiments.fleet import Fleet
+from mpt_jax.tasks import few_shot
 
 
 def test_fleet_run_names_contain_only_differing_settings():
@@ -32,6 +33,24 @@ def test_fleet_run_names_contain_only_differing_settings():
     ]
     assert fleet.start_from(every)["rte_k4_s0_lr0.5_tlr1_from_mnli"] == "mnli"
     assert {runs.data_name(name) for name in fleet.run_names(every)} == {"rte_k4_s0"}
+
+
+def test_fleet_per_class_is_part_of_run_names():
+    """As `few_shot` and `image_few_shot` parse them."""
+    several = Fleet(["pets", "cars"], [1, 16], [1, 2], [0.1, 0.3], per_class=True)
+    names = fleet.run_names(several)
+    assert len(names) == 16 and names[:3] == [
+        "pets_k1_per_class_s1_lr0.1", "pets_k1_per_class_s1_lr0.3", "pets_k1_per_class_s2_lr0.1",
+    ]  # fmt: skip
+    assert {runs.data_name(name) for name in names if name.startswith("cars_k16")} == {
+        "cars_k16_per_class_s1", "cars_k16_per_class_s2",
+    }  # fmt: skip
+    draw = few_shot.parse(runs.data_name(names[-1]))
+    assert draw == few_shot.Draw("cars", 16, 2, per_class=True)
+    assert fleet.task_names(several) == ["pets"] * 8 + ["cars"] * 8
+    assert fleet.run_names(Fleet(["pets"], [4], per_class=True)) == ["pets_k4_per_class_s0"]
+    without_draws = Fleet(["pets"], [None, 4], [3], per_class=True)
+    assert fleet.run_names(without_draws) == ["pets_s3", "pets_k4_per_class_s3"]
 
 
 @pytest.mark.parametrize(
