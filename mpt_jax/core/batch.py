@@ -34,8 +34,9 @@ def is_packed(batch: Batch) -> bool:
     return "encoder_segment_ids" in batch
 
 
-def num_rows(batch: Mapping[str, Any]) -> int:
-    """Returns B, given a batch of arrays or of their shapes."""
+def num_rows(batch: Mapping[str, Any]) -> Any:
+    """Returns B, given a batch of arrays or of their shapes: an int, or the symbolic dimension of a
+    program that is exported for any B."""
     return next(iter(batch.values())).shape[0]
 
 
