@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 2**26  # of one image, as in data/image_formats.py
+MAX_PIXELS, MAX_EDGE = 2**26, 2**16  # of one image, as in data/image_formats.py
 FORMATS = ("JPEG", "PNG", "GIF", "BMP")
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -24,21 +24,21 @@ def decode(encoded: bytes) -> Image.Image:
 
     Raises:
         ValueError: the content is not an image of a known format, is damaged, or has more than
-            `MAX_PIXELS` pixels.
+            `MAX_PIXELS` pixels or a longer edge than `MAX_EDGE`.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_EDGE:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip to 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except _BOMBS as error:
         raise ValueError(
-            f"The image has too many pixels ({error}), and the limit is {MAX_PIXELS:,}. Save it "
-            "with fewer pixels."
+            f"The image has too many pixels ({error}), and the limit is {MAX_PIXELS:,}, and "
+            f"{MAX_EDGE:,} for an edge. Save it with fewer pixels."
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(
@@ -62,9 +62,6 @@ def transform(
         mode: `'crop'` resizes the shorter edge to `resize_to` and crops the center; `'squash'`
             resizes both edges to S.
         resize_to: the length of the shorter edge before the crop; None for S.
-
-    Raises:
-        ValueError: the image is so long that resizing would take too much memory.
     """
     if image.size == (size, size):
         return np.asarray(image)
@@ -77,11 +74,6 @@ def transform(
     # The bicubic filter reads two pixels on each side, or more if the image shrinks.
     margin = 2 * max(image.height / height, 1) + 1
     first, last = max(math.floor(top - margin), 0), min(math.ceil(bottom + margin), image.height)
-    if size * (last - first) > MAX_PIXELS:
-        raise ValueError(
-            f"The image has {image.width} x {image.height} pixels, too narrow for its length. Crop "
-            "it to a shorter one."
-        )
     rows = image.crop((0, first, image.width, last))
     # The width first in every version of Pillow, and only the pixels of the crop: the other pixels
     # of a long image could take more memory than the machine has.

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 MAX_PIXELS = 2**26  # of one image, which takes 192 MiB decoded; a 60-megapixel photo passes
+MAX_EDGE = 2**16  # pixels: resizing the width of a long image takes memory for each of its rows
 
 _REPLACE = "Replace the image, or remove the example from the data."
 _SAVE_AS_PNG = "Save the image as PNG."
@@ -31,8 +32,9 @@ def pixels(encoded: bytes) -> np.ndarray:
         RGB values, uint8 [h, w, 3].
 
     Raises:
-        ValueError: the image cannot be decoded, or has more than `MAX_PIXELS` pixels. The message
-            starts with a clause ('its JPEG data is truncated or damaged'), and says what to do.
+        ValueError: the image cannot be decoded, or has more than `MAX_PIXELS` pixels or a longer
+            edge than `MAX_EDGE`. The message starts with a clause ('its JPEG data is truncated or
+            damaged'), and says what to do.
     """
     found = next((x for x in _FORMATS if encoded.startswith(x[0])), None)
     if found is None:
@@ -52,6 +54,11 @@ def _check_size(height: int, width: int) -> None:
         raise ValueError(
             f"it has {width} x {height} pixels, and the limit for an image is {MAX_PIXELS:,}. Save "
             "it with fewer pixels."
+        )
+    if max(height, width) > MAX_EDGE:
+        raise ValueError(
+            f"it has {width} x {height} pixels, and the limit for an edge is {MAX_EDGE:,}. Crop it "
+            "to a shorter one."
         )
 
 

@@ -152,6 +152,13 @@ def test_size_is_checked_before_pixels_are_decoded(name):
             image_formats.pixels(_with_size(name, 6000, 2000))
 
 
+def test_long_edge_is_refused_before_pixels_are_decoded():
+    for width, height in ((2**16 + 1, 1), (2, 2**16 + 1)):
+        limit = f"it has {width} x {height} pixels, and the limit for an edge is 65,536. Crop it"
+        with pytest.raises(ValueError, match=limit):
+            image_formats.pixels(_with_size("png", width, height))
+
+
 def test_frame_of_gif_is_limited():
     content = bytearray(FILES["gif"])
     frame = content.index(b",", 13 + 3 * 64)

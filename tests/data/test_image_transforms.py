@@ -93,6 +93,14 @@ def test_image_of_final_size_is_returned_unchanged(transform):
     np.testing.assert_array_equal(compiled(transform)(image), image)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2**16), (2**16, 1)])
+@pytest.mark.parametrize("mode", ["crop", "squash"])
+def test_smallest_and_longest_images_are_resized(shape, mode):
+    image = np.full((*shape, 3), 90, np.uint8)
+    found = ImageTransform(224, mode)(tf.constant(image)).numpy()
+    assert found.shape == (224, 224, 3) and (found == 90).all()
+
+
 def test_settings_are_checked_and_recorded():
     for arguments, message in [
         ({"size": 0}, "ImageTransform.size must be between 1 and 4096, got 0. Set it to the"),

@@ -34,6 +34,12 @@ from mpt_jax.serving.prompt_bank import Named
 
 WINDOW = 8  # batches that are read ahead and sorted by length
 CANNOT, INTERRUPTED = 2, 130  # exit codes
+# Arguments without effect on images, with the values of those that are not given.
+OF_TEXTS: dict[str, Any] = {
+    **dict.fromkeys(("folded", "truncate"), False),
+    **dict.fromkeys(("vocabulary", "extra_ids", "config")),
+    **{name: getattr(Limits(), name) for name in ("input_length", "target_length")},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,7 +95,17 @@ def load(args: argparse.Namespace) -> Server | ImageServer:
 
 
 def load_images(args: argparse.Namespace, batch_size: int = 1) -> ImageServer:
-    """Loads the server of images that the arguments of `add_model_arguments` describe."""
+    """Loads the server of images that the arguments of `add_model_arguments` describe.
+
+    Raises:
+        ValueError: an argument would have no effect, or the server cannot be loaded.
+    """
+    if given := [name for name, unset in OF_TEXTS.items() if getattr(args, name, unset) != unset]:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(
+            f"{flags} would have no effect, because the prompts {args.prompts[0]} are of an image "
+            "job. Omit it."
+        )
     return ImageServer.load(
         args.prompts,
         args.backbone,
@@ -113,7 +129,9 @@ def answer(server: Server | ImageServer, stream: BinaryIO, args: argparse.Namesp
         return output
     try:
         progress.skipped(done, stream.tell() if done and stream.seekable() else 0)
-        for window in windows(lines, WINDOW * args.batch_size):
+        # A line with an image may have 45 MB, and images are not sorted.
+        batches = 1 if isinstance(server, ImageServer) else WINDOW
+        for window in windows(lines, batches * args.batch_size):
             requests = [reader.read(line, done + i) for i, line in enumerate(window, start=1)]
             output.write(window, server.answer(requests))
             done += len(window)

@@ -61,6 +61,21 @@ def run(saved, clip, tmp_path, capfdbinary):
     return call
 
 
+@pytest.mark.parametrize(
+    ("arguments", "flags"),
+    [
+        (["--folded", "--vocabulary", "byt5"], "--folded, --vocabulary"),
+        (["--input-length", "64", "--truncate"], "--truncate, --input-length"),
+        (["--config", "t5_1_1_base", "--extra-ids", "0"], "--extra-ids, --config"),
+    ],
+)
+def test_arguments_of_texts_are_refused(arguments, flags, run, saved):
+    code, answers, err = run(*arguments)
+    assert (code, answers) == (2, [])
+    why = f"{flags} would have no effect, because the prompts {saved.folder} are of an image job."
+    assert f"{why} Omit it." in err
+
+
 def test_predict_command_answers_about_images(run, saved, requests):
     lines = [*requests, {"task": "pest", "image": "x"}]
     code, answers, said = run("--mode", "score", lines=lines)
