@@ -8,6 +8,7 @@ import shutil
 import gin
 import numpy as np
 import pytest
+import seqio
 
 from mpt_jax.config import gin_utils
 from mpt_jax.tasks import images
@@ -101,6 +102,25 @@ def test_vpt_artifact_in_a_coop_job(fails, clip, tmp_path):
     start = str(tmp_path / "source" / "vpt_target" / "artifact")
     message = fails(INITIAL_ARTIFACT=start)
     assert "has none for text_context. Set INITIAL_ARTIFACT to an artifact with" in message
+
+
+def test_contexts_of_classes_in_another_order(fails, clip, tmp_path, own_tasks):
+    def register(names):
+        seqio.TaskRegistry.remove("job_pair")
+        pixels = image_files.noise(4, 4)[None].repeat(2, 0)
+        data = {split: (pixels, np.array([0, 1])) for split in ("train", "validation")}
+        images.register("job_pair", images.ArrayImages(data, names))
+
+    own = {**COOP, "TEXT_CLASSES": 2}
+    register(["cat", "dog"])
+    run_job(["coop_target"], bindings(clip, tmp_path / "source", ["job_pair"], **own))
+    start = str(tmp_path / "source" / "coop_target" / "artifact")
+    register(["dog", "cat"])
+    message = fails(tasks=["job_pair"], INITIAL_ARTIFACT=start, TEXT_CLASSES=2)
+    assert "trained with other inputs: its class_names_of_job_pair_sha256 is" in message
+    register(["cat", "dog"])
+    given = bindings(clip, tmp_path / "same", ["job_pair"], **own, INITIAL_ARTIFACT=start)
+    run_job(["coop_target"], given)
 
 
 def test_empty_split(fails, own_tasks):

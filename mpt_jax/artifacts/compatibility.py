@@ -49,8 +49,8 @@ def check_compatible(
         if (recorded := artifact.config.get(name)) != expected:
             raise ValueError(
                 f"The prompt artifact {artifact.path} was trained with other inputs: its {name} is "
-                f"{recorded}, but that of this job is {expected}. Use the settings of the job that "
-                "wrote the artifact (config.gin in its MODEL_DIR)."
+                f"{recorded}, but that of this job is {expected}. Use the data and settings of the "
+                "job that wrote the artifact (config.gin in its MODEL_DIR)."
             )
 
 
@@ -83,7 +83,8 @@ def check_backbone(
         raise ValueError(
             f"The prompt artifact {artifact.path} was trained with another configuration of its "
             f"backbone ({changes}). Correct the backbone's config.json, or set T5_NAME or "
-            "T5_CONFIG (in serving: --config) to the configuration of the artifact."
+            "T5_CONFIG (of CLIP: CLIP_NAME or CLIP_CONFIG; in serving: --config) to the "
+            "configuration of the artifact."
         )
 
 

@@ -142,9 +142,15 @@ class PromptedDualEncoder(ClassInterface, Model):
 
     @property
     def input_digests(self) -> Mapping[str, str]:
-        """The digest of the image transform's settings."""
-        settings = json.dumps(self.image_transform.config(), sort_keys=True)
-        return {"image_transform_sha256": hashlib.sha256(settings.encode()).hexdigest()}
+        """The digest of the image transform's settings and, if every class has its own context, of
+        the class names of each task in their order."""
+        settings = {"image_transform": self.image_transform.config()}
+        if self.prompt.text_classes:
+            settings |= {f"class_names_of_{task.task}": task.names for task in self.texts.tasks}
+        return {
+            f"{name}_sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+            for name, value in settings.items()
+        }
 
     def embedding(self, params: Params) -> Any:
         """Returns the token embeddings [V, H] of the text encoder."""

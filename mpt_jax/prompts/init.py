@@ -199,7 +199,7 @@ def _ids(text: str, context: InitContext) -> np.ndarray:
     if context.vocabulary is None:
         raise ValueError(
             f"Initializing a prompt from the text {text!r} needs a vocabulary. Set "
-            "PromptedEncoderDecoder.input_vocabulary."
+            "PromptedEncoderDecoder.input_vocabulary (of CLIP: PromptedDualEncoder.tokenizer)."
         )
     ids = np.asarray(context.vocabulary.encode(text), np.int32)
     if not ids.size:

@@ -268,9 +268,9 @@ def num_rows(positions: int, parts: int) -> int:
 
     Args:
         positions: P, the number of positions of one prompt.
-        parts: the number of layers, or of classes, that have a prompt each.
+        parts: the number of layers, or of classes, that have a prompt each; 0 for one prompt.
     """
-    return positions * parts
+    return positions * max(parts, 1)
 
 
 class _Part(msgspec.Struct):

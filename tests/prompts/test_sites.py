@@ -209,7 +209,7 @@ def test_init_text_context_from_words():
 
 
 def test_num_rows():
-    assert num_rows(16, 12) == 192
+    assert (num_rows(16, 12), num_rows(16, 1), num_rows(16, 0)) == (192, 16, 16)
 
 
 # --- Transfer ------------------------------------------------------------------------------------
