@@ -106,7 +106,9 @@ def stage(root: Path, name: str, runs: Sequence[Run], steps: int, suite: Suite) 
     return Stage(name, suite.files, bindings, tuple(runs), steps)
 
 
-def stages(root: Path, name: str, number: int, steps: int, suite: Suite) -> Iterator[Stage]:
+def stages(
+    root: Path, name: str, number: int, steps: int, suite: Suite = SUITES["text"]
+) -> Iterator[Stage]:
     """Yields stages with new names and `number` runs each. Single runs cycle through the
     targets."""
     singles = itertools.cycle(fleet_runs(len(suite.tasks), suite))

@@ -44,7 +44,7 @@ def commands() -> dict[str, tuple[list[str], str]]:
     for path in sorted((gin_files.ROOT / "gin").rglob("*.gin")):
         name = str(path.relative_to(gin_files.ROOT))
         entry = path.stem if path.stem in ("eval", "infer") else "train"
-        if path.parent.name == "gin" and path.stem != "tiny":
+        if path.parent.name == "gin" and path.stem not in ("tiny", "tiny_vision"):
             method = [] if entry == "train" else ["gin/methods/mpt.gin"]
             found[name] = ([name, *method], entry)
         elif given := re.findall(r"^#.*--gin_file=.*(?:\\\n#.*)*", path.read_text(), re.MULTILINE):
