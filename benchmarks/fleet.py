@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from benchmarks import contest, figures
 from mpt_jax.config import gin_utils
 from mpt_jax.experiments import demo, results
-from mpt_jax.experiments.stages import Run, Stage, quoted, target_bindings
+from mpt_jax.experiments.stages import Run, Stage, target_bindings
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.tasks.few_shot import Draw
 
@@ -96,25 +96,24 @@ def fleet_runs(number: int, suite: Suite = SUITES["text"]) -> tuple[Run, ...]:
     return tuple(Run(draw.task, draw.seed, draw.name) for draw in draws)
 
 
-def stage(root: Path, name: str, runs: Sequence[Run], steps: int, suite: Suite) -> Stage:
-    """Returns a stage that only trains these runs."""
+def stage(name: str, runs: Sequence[Run], steps: int, suite: Suite) -> Stage:
+    """Returns a stage that only trains these runs. Its ROOT has no source stage, so runs of texts
+    start from the shipped one."""
     bindings = (
-        f"ROOT = {quoted(str(root))}",  # has no source stage, so runs start from the shipped one
         *target_bindings(runs, suite.rows),
         "train_script.train.infer_eval_dataset_cfg = None",
+        "train_script.train.actions = {}",
     )
-    return Stage(name, suite.files, bindings, tuple(runs), steps)
+    return Stage(name, suite.files, bindings, tuple(runs), steps, sets_root=True)
 
 
-def stages(
-    root: Path, name: str, number: int, steps: int, suite: Suite = SUITES["text"]
-) -> Iterator[Stage]:
+def stages(name: str, number: int, steps: int, suite: Suite = SUITES["text"]) -> Iterator[Stage]:
     """Yields stages with new names and `number` runs each. Single runs cycle through the
     targets."""
     singles = itertools.cycle(fleet_runs(len(suite.tasks), suite))
     for turn in itertools.count():
         runs = [next(singles)] if number == 1 else fleet_runs(number, suite)
-        yield stage(root, f"{name}_{turn}", runs, steps, suite)
+        yield stage(f"{name}_{turn}", runs, steps, suite)
 
 
 def as_command(job: Stage, root: Path, cache: str) -> None:
@@ -136,7 +135,7 @@ def as_command(job: Stage, root: Path, cache: str) -> None:
 def work(name: str, root: Path, steps: int, suite: Suite) -> contest.Work:
     """Returns a contestant's turn: its next stage, to the end."""
     number = 1 if name in (COLD, WARM) else int(name)
-    jobs = stages(root, name, number, steps, suite)
+    jobs = stages(name, number, steps, suite)
     run: Callable[[], Any]
     if name == WARM:
         gin_utils.log_progress()  # logs like a command line

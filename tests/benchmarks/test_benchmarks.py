@@ -324,13 +324,13 @@ def test_fleet_runs_have_requested_number() -> None:
         fleet.fleet_runs(10)
 
 
-def test_fleet_stages_single_runs_cycle_through_targets(tmp_path: Path) -> None:
-    jobs = fleet.stages(tmp_path, "cold", 1, 200)
+def test_fleet_stages_single_runs_cycle_through_targets() -> None:
+    jobs = fleet.stages("cold", 1, 200)
     first, second = next(jobs), next(jobs)
     assert (first.name, second.name) == ("cold_0", "cold_1")
     assert first.runs != second.runs
     assert len(first.runs) == 1
-    assert len(next(fleet.stages(tmp_path, "8", 8, 200)).runs) == 8
+    assert len(next(fleet.stages("8", 8, 200)).runs) == 8
 
 
 def test_fleet_comparisons_use_as_many_single_runs() -> None:
