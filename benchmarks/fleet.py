@@ -101,6 +101,7 @@ def stage(name: str, runs: Sequence[Run], steps: int, suite: Suite) -> Stage:
     start from the shipped one."""
     bindings = (
         *target_bindings(runs, suite.rows),
+        "train_script.train.train_eval_dataset_cfg = None",
         "train_script.train.infer_eval_dataset_cfg = None",
         "train_script.train.actions = {}",
     )

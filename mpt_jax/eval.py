@@ -92,8 +92,10 @@ def evaluate(
     for state in restore_states.states(model, origins, partitioner, restore_checkpoint_cfg):
         malloc.keep_freed_memory()
         step = int(state.step)
+        with partitioner.activate():
+            params = model.params_for_evaluation(state.params)
         scores[step] = evaluator.evaluate(
-            functools.partial(predict, state.params), functools.partial(score, state.params), step
+            functools.partial(predict, params), functools.partial(score, params), step
         )
         for task, metrics in scores[step].items():
             logging.info("step %d  %s  %s", step, task, metrics)

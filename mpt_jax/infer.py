@@ -142,13 +142,15 @@ def infer(
         summarize_config_fn(output_dir, None, 0)
     functions = {"score": model.score_batch, "predict": model.predict_batch}
     compiled = on_device(functions.get(mode, model.predict_batch_with_aux), partitioner)
+    with partitioner.activate():
+        params = model.params_for_evaluation(state.params)
     # Rows of similar length are batched together, so several batches are read at a time.
     window = min(bucketing.WINDOW, checkpoint_period)
     answer = functools.partial(
         _lines,
         rows=dataset_cfg.batch_size,
         buckets=dataset_cfg.buckets(converter),
-        function=functools.partial(compiled, state.params),
+        function=functools.partial(compiled, params),
         mode=mode,
     )
     for task, output in zip(tasks, outputs, strict=True):

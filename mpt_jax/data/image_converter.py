@@ -7,6 +7,11 @@
     loss_weights  float32 [B]           1; 0 in rows that only fill a batch
     example_ids   int32   [B]           hash of the example's name
 
+For an image cache, which decodes an image only once, a batch has in place of `image`
+
+    image_files   string  [B]           encoded images
+    image_names   string  [B]           the examples, for errors
+
 Prompts of images need no reserved positions, because all images have the same number of patches.
 The model normalizes pixels, so a batch has one byte per value.
 """
@@ -27,6 +32,7 @@ from mpt_jax.data.image_preprocessors import EXAMPLE_NAMES, IMAGE, example_id
 from mpt_jax.data.preprocessors import TASK_IDS, map_dataset, task_id
 from mpt_jax.data.token_tables import PASS_NUMBERS
 
+FILES = ("image_files", "image_names")
 _Spec = seqio.FeatureConverter.FeatureSpec
 
 
@@ -41,10 +47,11 @@ class PromptImageConverter(seqio.FeatureConverter):
         augmentation: the augmentation of training images, in place of the transform; None for the
             transform. The model supplies it.
         seed: the seed of the augmentation.
+        decode: whether batches have images or, for an image cache, encoded files.
         pack, use_custom_packing_ops: must be False, because an image fills its row.
 
     Raises:
-        ValueError: packing is requested.
+        ValueError: packing is requested, or augmentation of images that are not decoded.
     """
 
     TASK_FEATURES = {
@@ -63,7 +70,7 @@ class PromptImageConverter(seqio.FeatureConverter):
     }
     PACKING_FEATURE_DTYPES = {}
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - gin and the model bind each of them
         self,
         runs: Runs,
         transform: image_transforms.ImageTransform,
@@ -71,6 +78,7 @@ class PromptImageConverter(seqio.FeatureConverter):
         multi_label: Sequence[bool],
         augmentation: image_transforms.Augmentation | None = None,
         seed: int = 0,
+        decode: bool = True,
         pack: bool = False,
         use_custom_packing_ops: bool = False,
     ):
@@ -79,12 +87,17 @@ class PromptImageConverter(seqio.FeatureConverter):
                 "Images cannot be packed, because each fills its row of a batch. Drop "
                 "--gin_file=gin/runs/packed.gin (set DatasetConfig.pack = False)."
             )
+        if augmentation is not None and not decode:
+            raise ValueError(
+                "Images are augmented (AUGMENTATION), so they have to be decoded in every step. "
+                "Set PromptImageConverter.decode to True (omit gin/runs/image_cache.gin)."
+            )
         for name in runs.run_names:
             task_id(name)
         super().__init__(pack=False, apply_length_check=False)
         self.runs = runs
         self._transform, self._augmentation = transform, augmentation
-        self._seed = seed
+        self._seed, self._decode = seed, decode
         self._num_classes = tuple(num_classes)
         self._multi_label = tuple(multi_label)
 
@@ -114,8 +127,11 @@ class PromptImageConverter(seqio.FeatureConverter):
         """Returns the shape, without the batch, and the dtype of each model feature."""
         del task_feature_lengths  # images have no length limits
         size = self._transform.size
+        images: dict[str, tuple[tuple[int, ...], str]] = {"image": ((size, size, 3), "uint8")}
+        if not self._decode:
+            images = dict.fromkeys(FILES, ((), "string"))
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
-            "image": ((size, size, 3), "uint8"),
+            **images,
             "task_ids": ((), "int32"),
             "label": ((), "int32"),
             "loss_weights": ((), "float32"),
@@ -132,22 +148,15 @@ class PromptImageConverter(seqio.FeatureConverter):
         """Converts one example, in the graph."""
         row, name = self._row(example), example[EXAMPLE_NAMES][0]
         targets = self._checked_targets(example[TARGETS], row, name)
-        number = example_id(name)
-        what = tf.strings.join(["example ", name, " of ", self._run_name(row)])
-        pixels = image_transforms.decode(example[IMAGE][0], what)
-        if self._augmentation is not None and PASS_NUMBERS in example:
-            image = self._augmentation(pixels, self._seed, example[PASS_NUMBERS][0], number)
-        else:
-            image = self._transform(pixels)
-        size = self._transform.size
-        image.set_shape([size, size, 3])
         is_multi = tf.constant(self._multi_label)[row]
         features = {
-            "image": image,
+            **self._image(
+                example, tf.strings.join(["example ", name, " of ", self._run_name(row)])
+            ),
             "task_ids": row,
             "label": tf.where(is_multi, -1, tf.reduce_max(tf.concat([targets, [-1]], 0))),
             "loss_weights": tf.constant(1.0),
-            "example_ids": number,
+            "example_ids": example_id(name),
         }
         if any(self._multi_label):
             most = max(self._num_classes)
@@ -155,6 +164,20 @@ class PromptImageConverter(seqio.FeatureConverter):
             hot = tf.concat([tf.one_hot(targets, most), tf.zeros([1, most])], 0)
             features["labels"] = tf.reduce_max(hot, 0)
         return features
+
+    def _image(self, example: Mapping[str, tf.Tensor], what: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Returns the pixels of an example's image, or its file."""
+        if not self._decode:
+            return dict(zip(FILES, (example[IMAGE][0], what), strict=True))
+        pixels = image_transforms.decode(example[IMAGE][0], what)
+        if self._augmentation is not None and PASS_NUMBERS in example:
+            number = example_id(example[EXAMPLE_NAMES][0])
+            image = self._augmentation(pixels, self._seed, example[PASS_NUMBERS][0], number)
+        else:
+            image = self._transform(pixels)
+        size = self._transform.size
+        image.set_shape([size, size, 3])
+        return {"image": image}
 
     def _row(self, example: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """Returns the example's bank row, a scalar. Fails in the graph for an unknown task."""

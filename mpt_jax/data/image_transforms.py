@@ -95,6 +95,25 @@ class ImageTransform:
         result.set_shape([self.size, self.size, 3])
         return result
 
+    def of_file(self, encoded: bytes, what: str) -> np.ndarray:
+        """Decodes and transforms an image outside of a graph.
+
+        Args:
+            encoded: the content of the file.
+            what: the example in errors.
+
+        Returns:
+            uint8 [S, S, 3].
+
+        Raises:
+            ValueError: the image cannot be decoded.
+        """
+        try:
+            pixels = image_formats.pixels(encoded)
+        except ValueError as error:
+            raise ValueError(f"The image of {what} cannot be used: {error}") from error
+        return self(tf.constant(pixels)).numpy()
+
     def _resized(self, image: tf.Tensor, height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
         if self.mode == "squash":
             return _resize(image, (self.size, self.size), (0, 0), self.size)

@@ -110,13 +110,15 @@ class PeriodicEvaluator:
         self.last_step = step = self.trainer.step
         stop = False
         self._report_statistics(step)
+        params = self.trainer.params_for_evaluation()
         if self.losses:
-            losses = {name: self.trainer.evaluate(make()) for name, make in self.losses.items()}
+            losses = {
+                name: self.trainer.evaluate(make(), params) for name, make in self.losses.items()
+            }
             for name, scalars in losses.items():
                 self.writers.write(f"training_eval/{name}", step, scalars)
             stop |= self._act("TRAIN_EVAL", losses)
         if self.inference:
-            params = self.trainer.state.params
             predict = functools.partial(self._predict, params)
             score = functools.partial(self._score, params)
             self.scores = self.inference.evaluate(predict, score, step)

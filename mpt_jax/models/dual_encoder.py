@@ -209,6 +209,16 @@ class PromptedDualEncoder(ClassInterface, Model):
         rest = {name: value for name, value in params.items() if name != "text_encoder"}
         return {**rest, FEATURES: {"table": table}}
 
+    def params_for_evaluation(self, params: Params) -> Params:
+        """Returns parameters with the features of all class texts."""
+        if FEATURES in params:
+            return params
+        return {**params, FEATURES: {"table": self._encode_texts(params)}}
+
+    @functools.cached_property
+    def _encode_texts(self) -> Callable[[Params], Array]:
+        return jax.jit(lambda params: self.text_features(params))
+
     # --- Forward ---------------------------------------------------------------------------------
 
     def logits(

@@ -152,6 +152,11 @@ class Model(abc.ABC):
         outputs, as in `get_initial_variables`."""
         return params
 
+    def params_for_evaluation(self, params: Params) -> Params:
+        """Returns parameters with what every batch of an evaluation would compute again, so that it
+        is computed once; by default they are unchanged."""
+        return params
+
     def label_tree(self, params: Params) -> Any:
         """Returns the label of every parameter."""
         return label_tree(params, self.labels)

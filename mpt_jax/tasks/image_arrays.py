@@ -38,6 +38,7 @@ class ArrayImages(ListedImages):
     ):
         super().__init__((), multi_label)
         self.arrays, self.classes = data, tuple(classes)
+        self._digests: dict[str, str] = {}
 
     def __str__(self) -> str:
         return "arrays" if isinstance(self.arrays, Mapping) else str(self.arrays)
@@ -49,11 +50,14 @@ class ArrayImages(ListedImages):
     def sha256(self, split: str) -> str:
         """Returns the SHA-256 of a split's ids, labels and pixels. Takes one pass over the images,
         since an encoding may differ between versions of TensorFlow."""
+        if split in self._digests:  # few-shot runs ask again
+            return self._digests[split]
         digest = hashlib.sha256(super().sha256(split).encode())
         for item in self.listing[1][split][1]:
             pixels = image_formats.pixels(item)
             digest.update(f" {pixels.shape} ".encode() + pixels.tobytes())
-        return digest.hexdigest()
+        self._digests[split] = digest.hexdigest()
+        return self._digests[split]
 
     def read_listing(self) -> Listing:
         """Encodes the arrays; see `ListedImages.read_listing`.

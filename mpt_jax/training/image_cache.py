@@ -22,6 +22,7 @@ import numpy as np
 from absl import logging
 
 from mpt_jax.batching.collate import Batch
+from mpt_jax.core.batch import num_rows
 from mpt_jax.core.shapes import Array, Params
 from mpt_jax.core.tree import flatten
 from mpt_jax.models.dual_encoder import PromptedDualEncoder
@@ -30,6 +31,8 @@ from mpt_jax.prompts.sites import IMAGE
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import TrainState
 
+FILES, NAMES = "image_files", "image_names"
+IMAGES = ("image", FILES, NAMES)
 _REMOVE = "drop --gin_file=gin/runs/image_cache.gin, or set trainer.Trainer.image_cache to None"
 
 
@@ -114,6 +117,7 @@ class OpenImageCache:
     ):
         self.held_bytes = 0
         self._settings, self._partitioner = settings, partitioner
+        self._model = model
         self._encode = jax.jit(functools.partial(_encode, model))
         self._held: dict[bytes, np.ndarray] = {}
         self._full = False
@@ -123,34 +127,49 @@ class OpenImageCache:
         return len(self._held)
 
     def add(self, frozen: Params, batch: Mapping[str, np.ndarray]) -> Batch:
-        """Returns a batch with `image_features` [B,U] in place of `image`. Call it inside
-        `partitioner.activate()`. Waits for the devices if an image is not stored yet.
+        """Returns a batch with `image_features` [B,U] in place of `image`, or of `image_files` and
+        `image_names`. Call it inside `partitioner.activate()`. Waits for the devices if an image is
+        not stored yet.
 
         Args:
             frozen: the frozen parameters, with the image encoder.
-            batch: a batch of images.
+            batch: a batch of images or of encoded files (`data.image_converter`).
+
+        Raises:
+            ValueError: a file cannot be decoded.
         """
-        images = batch["image"]
-        keys = [hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16) for x in images]
-        digests = [key.digest() for key in keys]
+        files = batch.get(FILES)
+        digests = [_digest(x) for x in (batch["image"] if files is None else files)]
         missing = {key: row for row, key in enumerate(digests) if key not in self._held}
-        computed = dict(
-            zip(missing, self._compute(frozen, images[[*missing.values()]]), strict=True)
-        )
+        rows = [*missing.values()]
+        images = batch["image"][rows] if files is None else self._decoded(batch, rows)
+        computed = dict(zip(missing, self._compute(frozen, images), strict=True))
         for key, feature in computed.items():
             self._hold(key, feature)
-        rows = [computed[key] if key in computed else self._held[key] for key in digests]
-        rest = {name: value for name, value in batch.items() if name != "image"}
-        return {**rest, "image_features": np.stack(rows)}
+        found = [computed[key] if key in computed else self._held[key] for key in digests]
+        rest = {name: value for name, value in batch.items() if name not in IMAGES}
+        return {**rest, "image_features": np.stack(found)}
 
     def shapes(self, frozen: Params, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Like `add`, but with `ShapeDtypeStruct`s."""
-        found = jax.eval_shape(self._encode, frozen, batch["image"])
+        size = self._model.module.config.image.image_size
+        images = jax.ShapeDtypeStruct((num_rows(batch), size, size, 3), np.uint8)
+        found = jax.eval_shape(self._encode, frozen, images)
         shape = jax.ShapeDtypeStruct(
             found.shape, found.dtype, sharding=self._partitioner.batch_sharding
         )
-        rest = {name: value for name, value in batch.items() if name != "image"}
+        rest = {name: value for name, value in batch.items() if name not in IMAGES}
         return {**rest, "image_features": shape}
+
+    def _decoded(self, batch: Mapping[str, np.ndarray], rows: Sequence[int]) -> np.ndarray:
+        """Returns the pixels [n,S,S,3] of some files of a batch; rows without a file are black."""
+        size = self._model.module.config.image.image_size
+        pixels = np.zeros((len(rows), size, size, 3), np.uint8)
+        for place, row in enumerate(rows):
+            if file := batch[FILES][row]:
+                name = batch[NAMES][row].decode()
+                pixels[place] = self._model.image_transform.of_file(file, name)
+        return pixels
 
     def metrics(self) -> dict[str, float]:
         """Returns the size of the cache."""
@@ -187,6 +206,12 @@ class OpenImageCache:
             len(self),
             self.held_bytes / 1e9,
         )
+
+
+def _digest(content: Any) -> bytes:
+    """Returns a digest of pixels or of a file; the rows that fill a batch have no file."""
+    data = np.ascontiguousarray(content).data if isinstance(content, np.ndarray) else content or b""
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _encode(model: PromptedDualEncoder, frozen: Params, images: Array) -> Array:

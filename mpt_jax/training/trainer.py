@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mpt_jax.core.shapes import Array, Batch, Key
+from mpt_jax.core.shapes import Array, Batch, Key, Params
 from mpt_jax.models import metrics
 from mpt_jax.models.model import Model
 from mpt_jax.prompts.row_ops import rows_split_over
 from mpt_jax.training import oom, sparse_step
-from mpt_jax.training.image_cache import ImageCache
+from mpt_jax.training.image_cache import FILES, ImageCache
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.row_compaction import RowCompactor
 from mpt_jax.training.state import TrainState
@@ -190,8 +190,19 @@ class Trainer:
 
     def with_image_features(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Returns a batch with cached features in place of its images, if the job has an
-        `image_cache`. Call it inside `partitioner.activate()`."""
-        return batch if self._images is None else self._images.add(self.state.frozen, batch)
+        `image_cache`. Call it inside `partitioner.activate()`.
+
+        Raises:
+            ValueError: the batch has encoded files, but the job has no cache.
+        """
+        if self._images is not None:
+            return self._images.add(self.state.frozen, batch)
+        if FILES in batch:
+            raise ValueError(
+                "Batches have encoded images, which only an image cache decodes. Add "
+                "--gin_file=gin/runs/image_cache.gin, or set PromptImageConverter.decode to True."
+            )
+        return batch
 
     @property
     def active(self) -> np.ndarray:
@@ -377,9 +388,18 @@ class Trainer:
                 f"batch of step {taken}."
             )
 
-    def evaluate(self, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
-        """Returns mean metrics over batches. Groups that have failed are excluded."""
-        totals, params, failed = None, self.state.params, self.state.failed
+    def params_for_evaluation(self) -> Params:
+        """Returns the present parameters, see `Model.params_for_evaluation`."""
+        with self.partitioner.activate():
+            return self.model.params_for_evaluation(self.state.params)
+
+    def evaluate(
+        self, batches: Iterable[Mapping[str, np.ndarray]], params: Params | None = None
+    ) -> dict[str, float]:
+        """Returns mean metrics over batches. Groups that have failed are excluded. `params` are
+        those of `params_for_evaluation`, if they are known."""
+        totals, failed = None, self.state.failed
+        params = self.params_for_evaluation() if params is None else params
         with self.partitioner.activate():
             for batch in batches:
                 sharded = self.partitioner.shard_batch(self.with_image_features(batch))

@@ -12,6 +12,7 @@ from PIL import Image
 from mpt_jax.core.runs import Runs
 from mpt_jax.data import datasets
 from mpt_jax.data.dataset_iterator import plain_message
+from mpt_jax.data.image_transforms import ImageTransform
 from mpt_jax.data.preprocessors import task_id
 from mpt_jax.data.sampling import EqualQuotas, task_mixture
 from mpt_jax.data.task_lookup import find_task
@@ -131,6 +132,29 @@ def test_wrong_classes_error_names_the_example(targets, task, message):
     assert failure(example(targets, task, "z/7.png")) == (
         f"Example z/7.png of {task} has the class ids {message} Correct the labels of the data."
     )
+
+
+def test_batches_for_a_cache_have_files_and_names():
+    make = lambda **settings: MAKE(decode=False, **settings)  # noqa: E731
+    given = [example([1], name="a.png"), example([0, 2], "job_tags", "b.png")]
+    plain, files = image_jobs.converted(MAKE, given), image_jobs.converted(make, given)
+    for row, expected, raw in zip(files, plain, given, strict=True):
+        assert row.pop("image_files") == raw["image"][0]
+        name = raw["example_names"][0].decode()
+        task = TASKS[int(row["task_ids"])]
+        assert row.pop("image_names").decode() == f"example {name} of {task}"
+        image = expected.pop("image")
+        transform = ImageTransform(SIZE)
+        np.testing.assert_array_equal(transform.of_file(raw["image"][0], "x"), image)
+        assert row.keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_array_equal(row[key], value)
+    shapes = make().feature_shapes()
+    assert shapes["image_files"] == shapes["image_names"] == ((), "string")
+    assert "image" not in shapes
+    augmented = image_jobs.converter(TASKS, SIZE, augmented=True)
+    with pytest.raises(ValueError, match="augmented .AUGMENTATION., so they have to be decoded"):
+        augmented(decode=False)
 
 
 def test_corrupt_image_error_names_the_example():

@@ -262,6 +262,19 @@ def test_score_batch_union_training_still_scores_own_classes():
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.parametrize("method", [None, SitePrompts(None, PromptTuning(2, Normal()))])
+def test_params_for_evaluation_have_features_of_all_texts(method):
+    """Losses and scores are those of the plain parameters, which compute the features."""
+    model = tiny_clip.model(method, text_chunk=2)
+    params, batch = tiny_clip.params(model), tiny_clip.batch([0, 1, 1, 0], [1, 0, 2, 0])
+    prepared = model.params_for_evaluation(params)
+    assert prepared["class_features"]["table"].shape == (len(model.bank.row), 10)
+    without = {name: x for name, x in prepared.items() if name != "text_encoder"}
+    for function in (model.score_batch, lambda *x: model.loss_sums(*x)[0]["cross_entropy"]):
+        expected = np.asarray(function(params, batch))
+        np.testing.assert_allclose(function(without, batch), expected, 1e-6, 1e-6)
+
+
 @pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), -1.0])
 def test_masked_classes_never_win_and_have_no_gradient(scale):
     """With negative cosines everywhere, a logit of 0 would win; see MVLPT's released mask."""

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from mpt_jax.core.runs import Runs
+from mpt_jax.data.image_transforms import ImageTransform
+from mpt_jax.data.iterators import fill
 from mpt_jax.prompts.init import Uniform
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.sites import SitePrompts
@@ -19,7 +21,7 @@ from mpt_jax.training.optimizers import PromptOptimizer, sgd
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.schedules import Schedule
 from mpt_jax.training.state import create_train_state
-from tests.fixtures import clip_models, tiny, tiny_clip
+from tests.fixtures import clip_models, image_files, tiny, tiny_clip
 
 KEY = jax.random.PRNGKey(0)
 ROOM = 10**9
@@ -193,6 +195,78 @@ def test_image_cache_features_do_not_hold_the_chunk():
     cache, add = opened(ImageCache(ROOM))
     add([0, 1])
     assert all(x.base is None and x.nbytes == BYTES for x in cache._held.values())
+
+
+# --- Encoded files -------------------------------------------------------------------------------
+
+
+def files_of(images, rows=(0, 1, 0, 1), labels=(0, 1, 2, 0), content=None):
+    """The batch of `batch_of` with PNG files of its images."""
+    batch = batch_of(images, rows, labels)
+    pixels = batch.pop("image")
+    files = [content or image_files.encoded(image, "PNG") for image in pixels]
+    names = [f"example {image}.png of pets".encode() for image in images]
+    encoded = {"image_files": files, "image_names": names}
+    return {**batch, **{name: np.array(x, object) for name, x in encoded.items()}}
+
+
+def of_files(**settings):
+    return made(image_transform=ImageTransform(16), **settings)
+
+
+def test_image_cache_trains_on_files_as_on_their_pixels():
+    pixels, files = (started(of_files(), ImageCache(ROOM)) for _ in range(2))
+    for images in EPOCH * 2:
+        pixels.train(batch_of(images))
+        files.train(files_of(images))
+        assert files.read_metrics() == pixels.read_metrics()
+    tiny.close(files.state.trainable["prompt"], pixels.state.trainable["prompt"], 0.0)
+    found = [
+        one.evaluate([batch([8, 9, 0, 1])])
+        for one, batch in ((files, files_of), (pixels, batch_of))
+    ]
+    assert found[0] == found[1]
+
+
+def test_image_cache_files_of_known_images_are_not_decoded(monkeypatch):
+    one = started(of_files(), ImageCache(ROOM))
+    one.train(files_of([0, 1, 2, 3]))
+    monkeypatch.setattr(ImageTransform, "of_file", lambda *_: pytest.fail("decoded again"))
+    one.train(files_of([3, 1, 0, 2]))
+    assert one.read_metrics()["image_cache/images"] == 4
+
+
+def test_image_cache_rows_that_fill_a_batch_have_no_file():
+    one = started(of_files(), ImageCache(ROOM))
+    batch = {name: fill(x, 6) for name, x in files_of([0, 1, 2, 3]).items()}
+    expected = one.evaluate([files_of([0, 1, 2, 3])])
+    assert batch["image_files"][5] == 0
+    tiny.close(one.evaluate([batch]), expected, 1e-6)
+
+
+def test_image_cache_damaged_file_is_named():
+    one = started(of_files(), ImageCache(ROOM))
+    message = "The image of example 3.png of pets cannot be used: its PNG data is truncated"
+    batch = files_of([0, 1, 2, 3])
+    batch["image_files"][3] = batch["image_files"][3][:60]
+    with pytest.raises(ValueError, match=message):
+        one.train(batch)
+
+
+def test_trainer_without_cache_refuses_files():
+    with pytest.raises(ValueError, match="only an image cache decodes. Add --gin_file=gin/runs/im"):
+        started(of_files()).train(files_of([0, 1, 2, 3]))
+
+
+def test_trainer_lower_with_files_takes_features():
+    one = started(of_files(), ImageCache(ROOM))
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in batch_of([0, 1, 2, 3]).items()
+        if name != "image"
+    }
+    lowered = one.lower({**shapes, "image_files": np.array([b""] * 4, object)})
+    assert f"4x{WIDTH}xf32" in lowered["train"].as_text()
 
 
 @pytest.mark.slow
