@@ -199,6 +199,8 @@ def make_evaluator(
     evaluator = PeriodicEvaluator(
         trainer, writers, losses, inference, actions, not_evaluated=not_evaluated
     )
+    if inference and evaluator.selecting is not None:
+        periodic_eval.warn_of_small_sets(inference.num_examples, inference.split)
     evaluator.resume()
     return evaluator
 

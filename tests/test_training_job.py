@@ -83,6 +83,7 @@ def test_train_task_of_train_alone_keeps_last_step(backbone, caplog):
         "this split to the tasks."
     )
     assert messages(caplog, "their scores did not select a best step: trj_alone")
+    assert not messages(caplog, "fewer than 100 examples")  # nothing is selected
     config = artifacts.load_artifact("run/artifact").config
     assert config["step"] == 8 and config["metrics"] == {"scores": {}}
     card = Path("run/artifact/README.md").read_text()
@@ -104,6 +105,8 @@ def test_train_run_without_validation_beside_others_keeps_last_step(backbone, ca
     with caplog.at_level("WARNING", logger="absl"):
         run(backbone, **job(runs, "run"))
     assert len(messages(caplog, "split: trj_beside. Their prompts are those of the la")) == 1
+    (small,) = messages(caplog, "best step is selected on fewer than 100 examples")
+    assert "of the 'validation' split" in small and "percent: trj_falling (4). To keep" in small
     config = json.loads(Path("run/artifact/config.json").read_text())
     assert config["metrics"]["best_step"] == [4, 8]
     assert config["metrics"]["best_score"] == [0.0, None]

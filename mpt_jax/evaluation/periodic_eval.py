@@ -22,6 +22,7 @@ from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.trainer import Trainer
 
 EVAL_MODES = ("TRAIN_EVAL", "INFER_EVAL")
+FEW_EXAMPLES = 100  # to select a step on
 
 
 def on_device(
@@ -89,20 +90,21 @@ class PeriodicEvaluator:
         self._score = on_device(model.score_batch, self.trainer.partitioner, prepare)
 
     @property
-    def _selecting(self) -> selection.SelectBest | None:
+    def selecting(self) -> selection.SelectBest | None:
+        """The action that selects the best step; None if there is none."""
         actions = (action for of_mode in self.actions.values() for action in of_mode)
         return next((a for a in actions if isinstance(a, selection.SelectBest)), None)
 
     @property
     def best(self) -> selection.SelectBest | None:
         """The action that keeps the best parameters; None if there is none or it has kept none."""
-        action = self._selecting
+        action = self.selecting
         return None if action is None or action.trainable is None else action
 
     def resume(self) -> None:
         """Restores the state of `SelectBest`, if configured, as of the trainer's step."""
-        if self._selecting is not None:
-            self._selecting.resume(self.trainer.step)
+        if self.selecting is not None:
+            self.selecting.resume(self.trainer.step)
 
     def run(self) -> bool:
         """Evaluates the current state, and stops groups that have run out of patience. Returns
@@ -130,8 +132,8 @@ class PeriodicEvaluator:
                     {k: round(float(v), 4) for k, v in scalars.items()},
                 )
             stop |= self._act("INFER_EVAL", self.scores)
-        if self._selecting is not None:
-            self.trainer.stop_groups(self._selecting.over)
+        if self.selecting is not None:
+            self.trainer.stop_groups(self.selecting.over)
         return stop or not self.trainer.active.any()
 
     def _report_statistics(self, step: int) -> None:
@@ -167,6 +169,19 @@ def warn_not_evaluated(runs: Runs, not_evaluated: Mapping[str, str]) -> None:
                 "evaluate them and select the best step, add this split to the tasks.",
                 *(split, abbreviate(names), outcome),
             )
+
+
+def warn_of_small_sets(num_examples: Mapping[str, int], split: str) -> None:
+    """Logs which runs select their best step on fewer than `FEW_EXAMPLES`, given the number of
+    evaluated examples of each run."""
+    small = [f"{run} ({n})" for run, n in num_examples.items() if n < FEW_EXAMPLES]
+    if small:
+        logging.warning(
+            "The best step is selected on fewer than %d examples of the %r split, of which each is "
+            "more than one percent: %s. To keep the last step instead, set "
+            "train_script.train.actions = {}.",
+            *(FEW_EXAMPLES, split, abbreviate(small)),
+        )
 
 
 def check_actions(
