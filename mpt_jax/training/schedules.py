@@ -118,9 +118,11 @@ class EpochCosine:
     ) -> Float[Array, "..."]:
         """Returns the learning rate of a group at a step, counted from 0."""
         pick = lambda value: per_group(value)[group if np.ndim(value) else 0]  # noqa: E731
-        length = pick(self.steps_per_epoch)
-        epoch = jnp.floor(jnp.asarray(step, jnp.float32) / length)
-        epochs = jnp.ceil(pick(self.total_steps) / length)
+        # Integers: XLA divides floats by a constant with a small error, so epochs would start late.
+        whole = lambda value: pick(value).astype(jnp.int32)  # noqa: E731
+        length = whole(self.steps_per_epoch)
+        epoch = jnp.asarray(step, jnp.int32) // length
+        epochs = -(-whole(self.total_steps) // length)
         cosine = 0.5 * pick(self.peak) * (1 + jnp.cos(jnp.pi * (epoch - 1) / epochs))
         return jnp.where(epoch < 1, pick(self.warmup_rate), cosine)
 
