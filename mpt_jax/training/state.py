@@ -145,7 +145,12 @@ def num_trainable_params(model: Model, params: Params) -> int:
 
 
 def _dtypes(model: Model, params: Params) -> dict[str, Any]:
-    """Returns the dtype of each parameter during training, by name."""
+    """Returns the dtype of each parameter during training, by name: that of the backbone for its
+    frozen arrays. Scalars stay float32, since they scale all outputs."""
     labels, dtype = flatten(model.label_tree(params)), model.backbone_config.dtype
-    keep = lambda name: labels[name] != FROZEN or not re.fullmatch(model.backbone_pattern, name)  # noqa: E731
-    return {name: np.dtype(np.float32) if keep(name) else dtype for name in labels}
+    backbone = [
+        name
+        for name, leaf in flatten(params).items()
+        if labels[name] == FROZEN and re.fullmatch(model.backbone_pattern, name) and np.ndim(leaf)
+    ]
+    return {name: np.dtype(np.float32) for name in labels} | dict.fromkeys(backbone, dtype)

@@ -140,7 +140,8 @@ class ImageServer:
             _texts(inputs, method, tokenizer, config),
         )
         cast = lambda x: np.asarray(x).astype(jnp.dtype(dtype), copy=False)  # noqa: E731
-        params = {**jax.tree.map(cast, backbone), "prompt": prompt}
+        scale = np.asarray(backbone["logit_scale"], np.float32)  # rounded, all logits would change
+        params = {**jax.tree.map(cast, backbone), "logit_scale": scale, "prompt": prompt}
         tables = artifacts.digest(flatten(prompt))
         digests["prompts_sha256"] = hashlib.sha256(f"{names} {tables}".encode()).hexdigest()
         settings = json.dumps(dataclasses.asdict(inputs), sort_keys=True)
