@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -60,11 +60,13 @@ class TaskClasses:
 class ClassTexts:
     """Tokens of the texts of all classes of several tasks.
 
-    Classes are numbered through, task by task. A class has as many texts as its task has templates,
-    or one if there is a context.
+    Classes are numbered through, task by task. Tasks with the same names and templates, such as
+    few-shot draws of one task, share their classes. A class has as many texts as its task has
+    templates, or one if there is a context.
 
     Attributes:
         tasks: the tasks.
+        first: the number of the first class of each task.
         context_length: P.
         tokens: int32 [texts, T], 0 after the end.
         slots: int32 [texts, T], i + 1 at context position i, else 0.
@@ -74,6 +76,7 @@ class ClassTexts:
     """
 
     tasks: tuple[TaskClasses, ...]
+    first: tuple[int, ...]
     context_length: int
     tokens: np.ndarray
     slots: np.ndarray
@@ -83,8 +86,8 @@ class ClassTexts:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes of all tasks."""
-        return sum(len(task.names) for task in self.tasks)
+        """The number of different classes of all tasks."""
+        return int(self.class_of_text.max()) + 1
 
     @property
     def most_classes(self) -> int:
@@ -102,13 +105,10 @@ class ClassTexts:
         Raises:
             ValueError: the task is unknown.
         """
-        first = 0
-        for known in self.tasks:
-            if known.task == task:
-                return first
-            first += len(known.names)
         names = [known.task for known in self.tasks]
-        raise ValueError(unknown_name("task with classes", task, names))
+        if task not in names:
+            raise ValueError(unknown_name("task with classes", task, names))
+        return self.first[names.index(task)]
 
     def of_task(self, task: str) -> TaskClasses:
         """Returns the classes of a task. Raises ValueError if the task is unknown."""
@@ -147,10 +147,16 @@ def class_texts(
     if position not in POSITIONS:
         raise ValueError(unknown_name("CONTEXT_POSITION", position, POSITIONS))
     rows: list[tuple[list[int], list[int], int]] = []
-    first = 0
+    first_of: dict[tuple[Any, ...], int] = {}  # of names and templates
+    firsts: list[int] = []
+    num_classes = 0
     for task in tasks:
         _check_names(task)
         templates = ("{}.",) if context_length else task.templates
+        first = first_of.setdefault((task.names, templates), num_classes)
+        firsts.append(first)
+        if first < num_classes:
+            continue
         for number, name in enumerate(task.names):
             for template in templates:
                 text = template.replace("{}", name.replace("_", " "))
@@ -162,12 +168,13 @@ def class_texts(
                 if len(ids) > most_positions:
                     raise _too_long(task, name, template, context_length, len(ids), most_positions)
                 rows.append((ids, slots, first + number))
-        first += len(task.names)
+        num_classes += len(task.names)
     longest = max(len(ids) for ids, _, _ in rows)
     length = min(-(-longest // MULTIPLE) * MULTIPLE, most_positions)
     pad = lambda x: [*x, *[0] * (length - len(x))]  # noqa: E731
     return ClassTexts(
         tuple(tasks),
+        tuple(firsts),
         context_length,
         np.array([pad(ids) for ids, _, _ in rows], np.int32),
         np.array([pad(slots) for _, slots, _ in rows], np.int32),

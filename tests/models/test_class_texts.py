@@ -170,3 +170,20 @@ def test_sha256_depends_on_all_texts():
     }
     assert len(digests) == 7
     assert made(["cat", "dog"]).sha256 == made(["cat", "dog"]).sha256
+
+
+def test_class_texts_equal_classes_are_shared():
+    """Few-shot draws of a task have one text of each class; other templates make other texts."""
+    names = ("cat", "dog")
+    tasks = [
+        TaskClasses("pets_k1_s0", names, ("a {}.",)),
+        TaskClasses("others", ("disc", "square", "bird"), ("a {}.",)),
+        TaskClasses("pets_k1_s1", names, ("a {}.",)),
+        TaskClasses("pets_of_the", names, ("the {}.",)),
+    ]
+    found = class_texts(tasks, tiny_clip.Tokenizer(), 12)
+    assert found.num_classes == len(found.tokens) == 2 + 3 + 2
+    assert found.first == (0, 2, 0, 5)
+    assert found.first_class("pets_k1_s1") == 0 and found.of_task("pets_k1_s1") == tasks[2]
+    prompted = class_texts(tasks, tiny_clip.Tokenizer(), 12, 2)
+    assert prompted.first == (0, 2, 0, 0)  # a context replaces the templates
