@@ -17,6 +17,7 @@ import numpy as np
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int
 from mpt_jax.models.class_texts import ClassTexts
+from mpt_jax.prompts.base import FLOAT32
 
 Encode = Callable[[Array, Array | None, Array, Array], Array]
 
@@ -129,10 +130,9 @@ class ClassBank:
             marks = jnp.asarray(slots)[texts]
             rows = None
             if prompts is not None:
-                own = prompts[jnp.asarray(self.row)[entries]]
-                if prompts.ndim == 4:
-                    number = entries - jnp.asarray(self.first)[jnp.asarray(self.row)[entries]]
-                    own = jnp.take_along_axis(own, number[:, None, None, None], axis=1)[:, 0]
+                row = jnp.asarray(self.row)[entries]
+                of_class = (entries - jnp.asarray(self.first)[row],) if prompts.ndim == 4 else ()
+                own = prompts[(row, *of_class)]
                 rows = jnp.take_along_axis(own, jnp.maximum(marks - 1, 0)[..., None], axis=1)
             return encode(jnp.asarray(tokens)[texts], rows, marks, jnp.asarray(eot)[texts])
 
@@ -188,7 +188,7 @@ class ClassBank:
         entries = self._entries(batch["task_ids"])
         images, bad_images = _finite(images)
         texts, bad_texts = _finite(texts)
-        product = jnp.einsum("bu,bcu->bc", images, texts[entries])
+        product = jnp.einsum("bu,bcu->bc", images, texts[entries], precision=FLOAT32)
         return jnp.where(bad_images[:, None] | bad_texts[entries], jnp.nan, product)
 
     def _entries(self, task_ids: Int[Array, " B"]) -> Int[Array, "B C"]:
@@ -198,14 +198,16 @@ class ClassBank:
 
 
 def cosines(images: Float[Array, "B U"], texts: Float[Array, "N U"]) -> Float[Array, "B N"]:
-    """Returns the product of normalized features.
+    """Returns the product of normalized features, in float32 on every device: logits are a hundred
+    times as large.
 
     Features of a failed run are NaN. The gradient of a plain product would have zero times NaN at
     the features of all other runs.
     """
     images, bad_images = _finite(images)
     texts, bad_texts = _finite(texts)
-    return jnp.where(bad_images[:, None] | bad_texts[None], jnp.nan, images @ texts.T)
+    product = jnp.matmul(images, texts.T, precision=FLOAT32)
+    return jnp.where(bad_images[:, None] | bad_texts[None], jnp.nan, product)
 
 
 def _finite(features: Float[Array, "n U"]) -> tuple[Float[Array, "n U"], Bool[Array, " n"]]:

@@ -44,10 +44,12 @@ class InitContext:
     Attributes:
         embedding: [V, H] the backbone's token embeddings.
         vocabulary: turns words into ids; only the text and class-label initializers need it.
+        parts: the number of equal parts of a prompt that start alike, such as one for each class.
     """
 
     embedding: Array
     vocabulary: Vocabulary | None = None
+    parts: int = dataclasses.field(default=1, kw_only=True)
 
 
 class PromptContext(NamedTuple):

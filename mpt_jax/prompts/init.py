@@ -119,7 +119,7 @@ class ClassLabels:
         words = [_ids(label, context) for label in labels]
         rows = [context.embedding[ids].astype(jnp.float32).mean(0) for ids in words]
         rest = self.rest(key, task_name, prompt_length, context)
-        return _fill(rows, "labels", task_name, rest)
+        return _fill(rows, "labels", task_name, rest, context.parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Text:
     def __call__(self, key, task_name, prompt_length, context):
         rows = list(context.embedding[_ids(self.text, context)].astype(jnp.float32))
         rest = self.rest(key, task_name, prompt_length, context)
-        return _fill(rows, "tokens", task_name, rest)
+        return _fill(rows, "tokens", task_name, rest, context.parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,13 +210,16 @@ def _ids(text: str, context: InitContext) -> np.ndarray:
     return ids
 
 
-def _fill(rows: list[Array], what: str, task_name: str, rest: Array) -> Array:
-    if len(rows) > rest.shape[0]:
+def _fill(rows: list[Array], what: str, task_name: str, rest: Array, parts: int) -> Array:
+    """Returns `rest` with its first rows, or those of each of its parts, replaced."""
+    each = rest.reshape(parts, -1, rest.shape[-1])
+    if len(rows) > each.shape[1]:
         raise ValueError(
-            f"A prompt of {rest.shape[0]} rows is too short for {len(rows)} {what} (task "
-            f"{task_name!r}). Raise PROMPT_LENGTH, or use fewer {what} to initialize the prompt."
+            f"A prompt of {each.shape[1]} rows is too short for {len(rows)} {what} (task "
+            f"{task_name!r}). Raise PROMPT_LENGTH (of CLIP: CONTEXT_LENGTH), or use fewer {what} "
+            "to initialize the prompt."
         )
-    return rest.at[: len(rows)].set(jnp.stack(rows))
+    return each.at[:, : len(rows)].set(jnp.stack(rows)).reshape(rest.shape)
 
 
 # --- Factors -------------------------------------------------------------------------------------

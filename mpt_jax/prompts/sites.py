@@ -166,7 +166,8 @@ class SitePrompts(PromptMethod):
                 "@init.Normal()."
             )
         without_vocabulary = jnp.zeros((0, context.image_width), jnp.float32)
-        contexts = {TEXT: context, IMAGE: InitContext(without_vocabulary)}
+        of_texts = dataclasses.replace(context, parts=self.text_classes or 1)
+        contexts = {TEXT: of_texts, IMAGE: InitContext(without_vocabulary)}
         return {
             site: method.init(jax.random.fold_in(key, number), runs, contexts[site])
             for number, (site, method) in enumerate(self.parts.items())

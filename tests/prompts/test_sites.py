@@ -326,3 +326,17 @@ def test_compose_site_given_key_reaches_the_method():
     expected = method.compose(params[TEXT], RUNS, jnp.arange(3), given)
     np.testing.assert_array_equal(found, expected)
     assert (np.asarray(found) != both.compose_site(TEXT, params, RUNS, jnp.arange(3))).any()
+
+
+def test_init_from_text_starts_every_class_alike():
+    method = SitePrompts(PromptTuning(3 * P, Text("7 3", Uniform())), text_classes=3)
+    table = method.init(KEY, RUNS, CONTEXT)[TEXT]["table"].reshape(3, 3, P, H)
+    expected = np.broadcast_to(VALUES[[7, 3]], (3, 3, 2, H))
+    np.testing.assert_array_equal(table[:, :, :2], expected)
+    assert (table[:, 0, 2:] != table[:, 1, 2:]).all()  # the rest is drawn
+    labels = SitePrompts(PromptTuning(2 * P, ClassLabels(["1 2", "4"])), text_classes=2)
+    table = labels.init(KEY, RUNS, CONTEXT)[TEXT]["table"].reshape(3, 2, P, H)
+    expected = np.stack([VALUES[[1, 2]].mean(0), VALUES[4]])
+    np.testing.assert_allclose(table[:, :, :2], np.broadcast_to(expected, (3, 2, 2, H)), rtol=1e-6)
+    with pytest.raises(ValueError, match="A prompt of 1 rows is too short for 2 tokens"):
+        SitePrompts(PromptTuning(3, Text("7 3")), text_classes=3).init(KEY, RUNS, CONTEXT)
