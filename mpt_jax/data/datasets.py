@@ -21,7 +21,13 @@ from mpt_jax.batching.collate import Batch
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.data import task_lookup, token_tables, validation
 from mpt_jax.data.classes import is_image_task
-from mpt_jax.data.iterators import EvalBatches, HostShard, KeptBatches, TrainIterator
+from mpt_jax.data.iterators import (
+    EvalBatches,
+    HostShard,
+    KeptBatches,
+    TrainIterator,
+    are_too_large,
+)
 from mpt_jax.data.preprocessors import TASK_IDS
 from mpt_jax.data.sampling import TaskMixture, equal_shares, task_mixture
 
@@ -395,10 +401,11 @@ def _batches_of_tasks(
     memory, are made for one task at a time."""
     buckets = cfg.buckets(converter)
     if cfg.use_memory_cache and not cfg.pack:
-        sizes = {name: table.num_examples for name, table in tables.items()}
         rows = _converted(cfg, converter, list(tables.values()))
+        sizes = {name: table.num_examples for name, table in tables.items()}
         kept = KeptBatches(rows, sizes, share, buckets)
-        return {name: functools.partial(kept.of_task, name) for name in tables}
+        if not are_too_large(rows):
+            return {name: functools.partial(kept.of_task, name) for name in tables}
     return {
         name: EvalBatches(
             _converted(cfg, converter, [table]), share, keep=cfg.use_memory_cache, buckets=buckets

@@ -173,13 +173,19 @@ def _with_limits(identity: Mapping[str, Any], prompt_length: int) -> dict[str, A
     return shown
 
 
+def are_too_large(dataset: tf.data.Dataset) -> bool:
+    """Whether batches of these rows should not be kept in memory: decoded images take ten times as
+    much as the files that they are decoded from."""
+    return "image" in dict(dataset.element_spec)  # type: ignore[call-overload]
+
+
 class EvalBatches:
     """This host's evaluation batches, which can be iterated over repeatedly.
 
     Args:
         dataset: the dataset of single rows.
         share: the batch size and this host's shard of a batch.
-        keep: whether to keep the batches in memory.
+        keep: whether to keep the batches in memory, unless `are_too_large`.
         buckets: the lengths that batches are trimmed to; None for one length and the original
             order of the rows.
         trim_targets: see `LengthBuckets.trim`.
@@ -193,7 +199,7 @@ class EvalBatches:
         buckets: LengthBuckets | None = None,
         trim_targets: bool = True,
     ):
-        self._share, self._keep = share, keep
+        self._share, self._keep = share, keep and not are_too_large(dataset)
         self._buckets, self._cut_targets = buckets, trim_targets
         window = bucketing.WINDOW if buckets else 1
         self._windows = dataset.batch(window * share.batch_size).prefetch(1)

@@ -10,7 +10,7 @@ import tensorflow as tf
 from PIL import Image
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.data import datasets
+from mpt_jax.data import datasets, iterators
 from mpt_jax.data.dataset_iterator import plain_message
 from mpt_jax.data.image_transforms import ImageTransform
 from mpt_jax.data.preprocessors import task_id
@@ -222,6 +222,20 @@ def test_eval_batches_of_augmented_model_equal_pillow():
     weights = np.concatenate([batch["loss_weights"] for batch in batches])
     np.testing.assert_array_equal(weights, [1] * 10 + [0] * 2)
     assert not found[10:].any()
+
+
+@pytest.mark.parametrize("tasks", [["job_pets"], list(TASKS)])
+def test_decoded_images_are_not_kept_in_memory(tasks):
+    """An evaluation set of decoded images takes ten times the memory of its files."""
+    make = image_jobs.converter(tasks, SIZE)
+    data = task_mixture(tasks, EqualQuotas(8, 3)) if len(tasks) > 1 else tasks[0]
+    cfg = datasets.DatasetConfig(data, {}, "validation", 4, shuffle=False, seed=0)
+    assert cfg.use_memory_cache
+    for batches in datasets.eval_batches(cfg, make).values():
+        assert next(iter(batches())) is not next(iter(batches()))
+    rows = tf.data.Dataset.from_tensor_slices({"encoder_input_tokens": np.zeros((8, 3), np.int32)})
+    text = iterators.EvalBatches(rows, iterators.HostShard(4, 1, 0), keep=True)
+    assert next(iter(text())) is next(iter(text()))
 
 
 def test_runs_that_differ_only_in_settings_read_the_same_images():
