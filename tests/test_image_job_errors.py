@@ -89,13 +89,6 @@ def test_image_task_in_a_text_job(tmp_path):
     )
 
 
-def test_artifact_of_another_image_mode(fails, clip, tmp_path):
-    run_job(["coop_target"], bindings(clip, tmp_path / "source", ["job_pets"], **COOP))
-    start = str(tmp_path / "source" / "coop_target" / "artifact")
-    message = fails(INITIAL_ARTIFACT=start, IMAGE_MODE="squash")
-    assert "image transform" in message or "image_transform" in message
-
-
 def test_vpt_artifact_in_a_coop_job(fails, clip, tmp_path):
     vpt = {"IMAGE_TOKENS": 2, "TRAIN_STEPS": 0}
     run_job(["vpt_target"], bindings(clip, tmp_path / "source", ["job_pets"], **vpt))

@@ -237,6 +237,16 @@ def test_eval_of_artifact_and_checkpoint_gives_the_scores_of_training(clip, kind
     assert run_job(["eval", *files], given, "eval") == {4: expected}
 
 
+@pytest.mark.parametrize(
+    ("macros", "name"),
+    [({"IMAGE_MODE": "squash"}, "image_transform"), ({"CONTEXT_POSITION": "front"}, "context_pos")],
+)
+def test_eval_of_artifact_with_other_inputs_fails(clip, coop, macros, name):
+    files, given = inference(clip, coop[0], "coop_target", **macros)
+    with pytest.raises(ValueError, match=f"trained with other inputs: its {name}"):
+        run_job(["eval", *files], given, "eval")
+
+
 def test_infer_writes_names_predictions_and_scores(clip, coop):
     root, scores = coop
     found = {}

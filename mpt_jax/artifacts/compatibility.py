@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -27,10 +27,11 @@ def check_compatible(
     vocabulary_sha256: str | None,
     prompt_length: int,
     input_digests: Mapping[str, str] = MappingProxyType({}),
+    may_differ: Collection[str] = (),
 ) -> None:
     """Checks that an artifact was trained with this backbone, vocabulary, prompt length and with
     inputs made in the same way. Logs a warning if it records no digest of the backbone's weights,
-    or no configuration of the backbone.
+    or no configuration of the backbone, and if one of the `may_differ` of `input_digests` differs.
 
     Raises:
         ValueError: one of them differs; the message shows both values.
@@ -42,16 +43,20 @@ def check_compatible(
     if artifact.prompt_length != prompt_length:
         raise ValueError(
             f"The prompt artifact {artifact.path} has prompts of {artifact.prompt_length} "
-            f"positions, but this job needs {prompt_length}. Use the same PROMPT_LENGTH in this "
-            "job and in the job that wrote the artifact."
+            f"positions, but this job needs {prompt_length}. Use the same PROMPT_LENGTH (of CLIP: "
+            "CONTEXT_LENGTH, IMAGE_TOKENS) in this job and in the job that wrote the artifact."
         )
     for name, expected in input_digests.items():
-        if (recorded := artifact.config.get(name)) != expected:
-            raise ValueError(
-                f"The prompt artifact {artifact.path} was trained with other inputs: its {name} is "
-                f"{recorded}, but that of this job is {expected}. Use the data and settings of the "
-                "job that wrote the artifact (config.gin in its MODEL_DIR)."
-            )
+        if (recorded := artifact.config.get(name)) == expected:
+            continue
+        message = (
+            f"The prompt artifact {artifact.path} was trained with other inputs: its {name} is "
+            f"{recorded}, but that of this job is {expected}. Use the data and settings of the "
+            "job that wrote the artifact (config.gin in its MODEL_DIR)"
+        )
+        if name not in may_differ:
+            raise ValueError(f"{message}.")
+        logging.warning("%s, unless the prompts should adapt to other inputs.", message)
 
 
 def check_backbone(
@@ -83,8 +88,8 @@ def check_backbone(
         raise ValueError(
             f"The prompt artifact {artifact.path} was trained with another configuration of its "
             f"backbone ({changes}). Correct the backbone's config.json, or set T5_NAME or "
-            "T5_CONFIG (of CLIP: CLIP_NAME or CLIP_CONFIG; in serving: --config) to the "
-            "configuration of the artifact."
+            "T5_CONFIG (of CLIP: CLIP_NAME or CLIP_CONFIG; in serving of T5: --config) to "
+            "the configuration of the artifact."
         )
 
 
@@ -140,7 +145,8 @@ def check_vocabulary(artifact: Artifact, vocabulary_sha256: str | None) -> None:
             f"{vocabulary}, but the loaded vocabulary has sha256 {vocabulary_sha256}. Set "
             "VOCABULARY (in serving: --vocabulary) to the vocabulary of the artifact. If it is the "
             "same file, the number of sentinels differs: set vocabularies.load.extra_ids (in "
-            "serving: --extra-ids) to the number in the job that wrote the artifact."
+            "serving: --extra-ids) to the number in the job that wrote the artifact. Of CLIP: set "
+            "CLIP_TOKENIZER (in serving: --backbone) to the folder with the tokenizer."
         )
 
 

@@ -46,7 +46,9 @@ def states(
             logging.info("No prompt and no checkpoint: reading the backbone %s.", origins.backbone)
     elif not model.prompt.needs_artifact:  # the checkpoint has all prompts
         origins = dataclasses.replace(origins, artifact=None)
-    loaded = initialization.initialize_params(model, origins, jax.random.PRNGKey(0))
+    loaded = initialization.initialize_params(
+        model, origins, jax.random.PRNGKey(0), evaluates_artifact=not cfg.path
+    )
     state = create_train_state(model, loaded.params, partitioner)
     if not cfg.path:
         yield state

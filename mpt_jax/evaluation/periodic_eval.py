@@ -18,6 +18,7 @@ from mpt_jax.core.shapes import Params
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.evaluation import evaluator, metric_writers
 from mpt_jax.training import partitioning, selection
+from mpt_jax.training.image_cache import without_files
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.trainer import Trainer
 
@@ -28,7 +29,7 @@ FEW_EXAMPLES = 100  # to select a step on
 def on_device(
     function: Callable[..., Any],
     partitioner: PjitPartitioner,
-    prepare: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = dict,
+    prepare: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]] = without_files,
 ) -> Callable[[Params, Mapping[str, np.ndarray]], Any]:
     """Compiles `function(params, batch)`. The compiled function takes this host's rows of a batch
     and returns the outputs for the rows of all hosts, as NumPy arrays. `prepare` is called with

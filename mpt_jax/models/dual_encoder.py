@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -142,15 +142,23 @@ class PromptedDualEncoder(ClassInterface, Model):
 
     @property
     def input_digests(self) -> Mapping[str, str]:
-        """The digest of the image transform's settings and, if every class has its own context, of
-        the class names of each task in their order."""
+        """The digests of the image transform's settings; of the position of a text prompt; and, if
+        every class has its own context, of the class names of each task in their order."""
         settings = {"image_transform": self.image_transform.config()}
+        if TEXT in self.prompt.parts:
+            settings["context_position"] = self.texts.position
         if self.prompt.text_classes:
             settings |= {f"class_names_of_{task.task}": task.names for task in self.texts.tasks}
         return {
             f"{name}_sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
             for name, value in settings.items()
         }
+
+    @property
+    def changeable_digests(self) -> Collection[str]:
+        """Those of the image transform and the context's position. MVLPT, for one, crops the images
+        of its source tasks, and squashes those of its target tasks."""
+        return "image_transform_sha256", "context_position_sha256"
 
     def embedding(self, params: Params) -> Any:
         """Returns the token embeddings [V, H] of the text encoder."""
@@ -340,10 +348,17 @@ class PromptedDualEncoder(ClassInterface, Model):
         if IMAGE in self.prompt.parts:
             tokens += self.prompt.parts[IMAGE].prompt_length // self.prompt.image_layers
         size = tokens * config.image.num_layers * config.image.emb_dim
+        texts, fewer = len(self.bank.row), min(self.text_chunk, len(self.bank.row)) // 2
+        encodes_texts = not self.precomputes
         return RowCost(
             size * np.dtype(config.dtype).itemsize,
-            f"with {tokens} tokens per image, and of the texts of {len(self.bank.row)} classes",
-            None if config.remat == "full" else "config.clip_config.remat",
+            f"with {tokens} tokens per image"
+            + (f", and of the texts of {texts} classes" if encodes_texts else ""),
+            None if config.remat == "full" else "published.clip_config.remat",
+            f"TEXT_CHUNK = {fewer} encodes that many of the {texts} class texts at a time, and "
+            "computes their activations twice. Results are the same up to rounding."
+            if encodes_texts and fewer
+            else None,
         )
 
     def loss_sums(
@@ -389,12 +404,13 @@ def _check_context(prompt: SitePrompts, texts: ClassTexts) -> None:
     if texts.context_length != length:
         raise ValueError(
             f"The class texts reserve {texts.context_length} positions for a context, but the "
-            f"text prompt has {length}. Set class_texts.context_length to {length}."
+            f"text prompt has {length}. Set CONTEXT_LENGTH (the prompt_length of the method and "
+            "task_classes.texts_of_tasks.context_length) to one number."
         )
     if prompt.text_classes and prompt.text_classes < texts.most_classes:
         raise ValueError(
             f"A task has {texts.most_classes} classes, but SitePrompts.text_classes is "
-            f"{prompt.text_classes}. Set it to {texts.most_classes}."
+            f"{prompt.text_classes}. Set TEXT_CLASSES to {texts.most_classes}."
         )
 
 
@@ -410,8 +426,9 @@ def _check_lengths(prompt: SitePrompts, runs: Runs) -> None:
 
 
 def _variables(params: Params, tower: str) -> dict[str, Any]:
-    """Returns the variables that the module needs to run one tower."""
-    return {"params": {name: params[name] for name in (tower, "logit_scale")}}
+    """Returns the variables that the module needs to run one tower, which does not read the scale
+    but declares it."""
+    return {"params": {tower: params[tower], "logit_scale": params.get("logit_scale", 0.0)}}
 
 
 def _normalized(features: Array) -> Float[Array, "n U"]:

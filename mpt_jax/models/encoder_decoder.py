@@ -280,6 +280,8 @@ class PromptedEncoderDecoder(T5XInterface, Model):
             inputs * config.emb_dim * np.dtype(config.dtype).itemsize,
             f"with {encoder} encoder and {decoder} decoder positions per row",
             None if config.remat == "full" else "config.t5_config.remat",
+            other_remedy="Lower limits in TASK_FEATURE_LENGTHS shorten rows, but change training "
+            "on longer texts.",
         )
 
     # --- Loss ------------------------------------------------------------------------------------

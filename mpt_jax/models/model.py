@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +31,16 @@ class RowCost(NamedTuple):
         num_bytes: the size of the inputs of all layers, in bytes.
         description: the sizes of a row, for an error: "with ... per row".
         remat_setting: the gin setting that stores fewer of these inputs; None if it is in use.
+        exact_remedy: a sentence about a setting of this model that needs less memory for the same
+            results; None if there is none.
+        other_remedy: the same for a setting that changes results.
     """
 
     num_bytes: int
     description: str
     remat_setting: str | None
+    exact_remedy: str | None = None
+    other_remedy: str | None = None
 
 
 class Model(abc.ABC):
@@ -102,6 +107,12 @@ class Model(abc.ABC):
         """Digests of what predictions depend on besides backbone, vocabulary and prompts, by the
         name of their field in artifacts (`<name>_sha256`)."""
         return {}
+
+    @property
+    def changeable_digests(self) -> Collection[str]:
+        """The names of the `input_digests` that training may change when it starts from an
+        artifact."""
+        return ()
 
     @abc.abstractmethod
     def embedding(self, params: Params) -> Any:

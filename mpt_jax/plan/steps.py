@@ -16,6 +16,7 @@ from mpt_jax.data import datasets
 from mpt_jax.models.model import Model
 from mpt_jax.plan import chips, hlo
 from mpt_jax.plan.chips import Chip
+from mpt_jax.training import image_cache
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import abstract_train_state
 from mpt_jax.training.trainer import Trainer
@@ -57,7 +58,11 @@ class Job:
     def batch(self, cfg: datasets.DatasetConfig, partitioner: PjitPartitioner) -> dict[str, Any]:
         """Returns name -> shape and sharding of the arrays of a global batch."""
         converter = cfg.converter(self.model.FEATURE_CONVERTER_CLS, cfg.pack)
-        shapes = converter.feature_shapes(cfg.task_feature_lengths)
+        shapes = dict(converter.feature_shapes(cfg.task_feature_lengths))
+        if image_cache.FILES in shapes:  # they stay on the host
+            size = self.model.backbone_config.image.image_size
+            shapes = {name: x for name, x in shapes.items() if name not in image_cache.IMAGES}
+            shapes["image"] = ((size, size, 3), "uint8")
         return {
             name: jax.ShapeDtypeStruct(
                 (cfg.batch_size, *shape), dtype, sharding=partitioner.batch_sharding
@@ -235,7 +240,8 @@ def compile_steps(
         batch = job.batch(cfg, partitioner)
         if step == "predict":
             with partitioner.activate():
-                lowered = jax.jit(job.model.predict_batch).lower(trainer.state.params, batch)
+                params = trainer.shapes_for_evaluation()
+                lowered = jax.jit(job.model.predict_batch).lower(params, batch)
         else:
             lowered = trainer.lower(batch)[step]
         # Decoding ends when every example has ended, at the latest after this many tokens.

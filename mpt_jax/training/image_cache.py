@@ -75,6 +75,17 @@ class ImageCache:
         return OpenImageCache(self, model, partitioner)
 
 
+def without_files(batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Returns a batch; raises ValueError if it has encoded files in place of images."""
+    if FILES in batch:
+        raise ValueError(
+            "Batches have encoded images, which only the image cache of a training job decodes. In "
+            "training, add --gin_file=gin/runs/image_cache.gin; in evaluation and inference, omit "
+            "it, or set PromptImageConverter.decode to True."
+        )
+    return batch
+
+
 def _unsupported(model: Model, state: TrainState) -> str | None:
     """Returns why a job cannot use a cache; None if it can."""
     if not isinstance(model, PromptedDualEncoder):

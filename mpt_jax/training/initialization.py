@@ -152,8 +152,11 @@ class InitialParams:
         return {"artifact_sha256": self.artifact_sha256, "start_from": self.start_from}
 
 
-def initialize_params(model: Model, origins: Origins, key: Key) -> InitialParams:
-    """Initializes every parameter from its origin.
+def initialize_params(
+    model: Model, origins: Origins, key: Key, evaluates_artifact: bool = False
+) -> InitialParams:
+    """Initializes every parameter from its origin. Unless the initial artifact itself is evaluated,
+    the model's inputs may differ from it in what `Model.changeable_digests` names.
 
     Raises:
         FileNotFoundError: a checkpoint or artifact is missing; the message says where it was
@@ -179,6 +182,7 @@ def initialize_params(model: Model, origins: Origins, key: Key) -> InitialParams
         vocabulary,
         model.prompt.source_prompt_length(artifact.method, artifact.runs),
         model.input_digests,
+        () if evaluates_artifact else model.changeable_digests,
     )
     initial = functools.partial(_initial_prompt, model, prompt_key, jnp.asarray(embedding))
     if origins.artifact:

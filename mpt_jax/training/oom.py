@@ -53,7 +53,7 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
     shards, model_axis = math.prod(mesh.devices.shape[:-1]), mesh.devices.shape[-1]
     rows = num_rows(batch) * jax.process_count() // shards
     parts = trainer.num_microbatches
-    row, sizes, remat = trainer.model.row_cost(batch)
+    row, sizes, remat, exact, other = trainer.model.row_cost(batch)
     at_a_time = max(rows // parts, 1)
     backbone, trainable = _bytes(trainer.state.frozen), _bytes(trainer.state.trainable)
     moments = _bytes(trainer.state.opt_state)
@@ -76,6 +76,8 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
             f"{remat} = 'full' stores little more than the layer inputs, but needs "
             "about a third more compute."
         )
+    if exact is not None:
+        lines.append(exact)
     wider = f"partitioning.PjitPartitioner.num_partitions = {2 * model_axis}"
     if trainer.partitioner.ici_mesh_shape is not None:
         wider = f"A last size of {2 * model_axis} in partitioning.PjitPartitioner.ici_mesh_shape"
@@ -83,17 +85,18 @@ def describe(trainer: Any, batch: Mapping[str, Any], said: str) -> str:
         f"{wider} splits the backbone over twice as many devices ({_size(backbone / 2)} each), if "
         "each process has that many."
     )
-    lines += _smaller_steps(rows, rows * shards, trainer.model.runs.num_groups)
+    lines += _smaller_steps(rows, rows * shards, trainer.model.runs.num_groups, other)
     return "\n  * ".join(lines) + _PLAN
 
 
-def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
+def _smaller_steps(rows: int, all_rows: int, groups: int, remedy: str | None) -> list[str]:
     """Lists ways to reduce the rows per device and step.
 
     Args:
         rows: the number of rows per device and step.
         all_rows: the number of rows per step on all devices together.
         groups: the number of groups; a batch needs at least one row for each group.
+        remedy: the model's own way (`RowCost.other_remedy`).
     """
     lines = []
     if rows >= 2 and all_rows >= 2 * groups:
@@ -101,9 +104,8 @@ def _smaller_steps(rows: int, all_rows: int, groups: int) -> list[str]:
             f"Halving BATCH_SIZE leaves {rows // 2} rows per device and step, but changes the "
             "results."
         )
-    lines.append(
-        "Lower limits in TASK_FEATURE_LENGTHS shorten rows, but change training on longer texts."
-    )
+    if remedy is not None:
+        lines.append(remedy)
     if groups > 1 and rows >= 2:
         lines.append(
             f"{groups} groups of runs share this step. If two jobs train half of the groups each, "

@@ -26,7 +26,7 @@ from mpt_jax.models import metrics
 from mpt_jax.models.model import Model
 from mpt_jax.prompts.row_ops import rows_split_over
 from mpt_jax.training import oom, sparse_step
-from mpt_jax.training.image_cache import FILES, ImageCache
+from mpt_jax.training.image_cache import ImageCache, without_files
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.row_compaction import RowCompactor
 from mpt_jax.training.state import TrainState
@@ -197,12 +197,7 @@ class Trainer:
         """
         if self._images is not None:
             return self._images.add(self.state.frozen, batch)
-        if FILES in batch:
-            raise ValueError(
-                "Batches have encoded images, which only an image cache decodes. Add "
-                "--gin_file=gin/runs/image_cache.gin, or set PromptImageConverter.decode to True."
-            )
-        return batch
+        return without_files(batch)
 
     @property
     def active(self) -> np.ndarray:
@@ -326,10 +321,22 @@ class Trainer:
                 training = self._teachers.shapes(self.state.frozen, batch)
             if self._images is not None:
                 batch = training = self._images.shapes(self.state.frozen, batch)
+            evaluated = self.shapes_for_evaluation()
             return {
                 "train": self._train_step.lower(self.state, training, self._rng, number),
-                "eval": self._eval_step.lower(self.state.params, batch, self.state.failed),
+                "eval": self._eval_step.lower(evaluated, batch, self.state.failed),
             }
+
+    def shapes_for_evaluation(self) -> Params:
+        """Like `params_for_evaluation`, but computes nothing: what is added to the parameters is
+        `ShapeDtypeStruct`s."""
+        params = self.state.params
+        found = jax.eval_shape(self.model.params_for_evaluation, params)
+        replicated = lambda x: jax.ShapeDtypeStruct(  # noqa: E731
+            x.shape, x.dtype, sharding=self.partitioner.replicated
+        )
+        new = {name: x for name, x in found.items() if name not in params}
+        return {**params, **jax.tree.map(replicated, new)}
 
     def read_metrics(self) -> dict[str, float]:
         """Waits for the dispatched steps and returns their mean metrics, over the groups that took

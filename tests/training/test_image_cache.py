@@ -254,7 +254,7 @@ def test_image_cache_damaged_file_is_named():
 
 
 def test_trainer_without_cache_refuses_files():
-    with pytest.raises(ValueError, match="only an image cache decodes. Add --gin_file=gin/runs/im"):
+    with pytest.raises(ValueError, match="only the image cache of a training job decodes"):
         started(of_files()).train(files_of([0, 1, 2, 3]))
 
 
@@ -304,7 +304,7 @@ def test_trainer_lower_with_shapes_takes_features():
     with one.partitioner.activate():
         ready = one.with_image_features(batch)
         totals = lowered["eval"].compile()(
-            one.state.params, one.partitioner.shard_batch(ready), one.state.failed
+            one.params_for_evaluation(), one.partitioner.shard_batch(ready), one.state.failed
         )
     expected = started(made()).evaluate([batch])["loss"]
     cross_entropy = totals["term/cross_entropy"]
@@ -349,6 +349,16 @@ def test_image_cache_refuses_features_that_change(model, reason):
 def test_image_cache_accepts_a_trainable_text_encoder():
     found = made(labels=((r"text_encoder/.*bias", "shared"),))
     assert started(found, ImageCache(ROOM))._images is not None
+
+
+def test_image_cache_with_a_trainable_scale_trains_as_without():
+    found = made(labels=(("logit_scale", "shared"),))
+    plain, cached = started(found), started(found, ImageCache(ROOM))
+    for one in (plain, cached):
+        one.train(batch_of([0, 1, 2, 3]))
+    before = float(tiny_clip.params(found)["logit_scale"])
+    assert float(cached.state.trainable["logit_scale"]) != before
+    tiny.close(cached.state.trainable, plain.state.trainable, 1e-6)
 
 
 def test_image_cache_refuses_a_model_of_texts():

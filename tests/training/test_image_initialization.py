@@ -53,8 +53,8 @@ def test_initialize_params_with_text_prompt_has_whole_backbone():
     loaded = scratch()
     assert sorted(loaded.params) == ["image_encoder", "logit_scale", "prompt", "text_encoder"]
     assert loaded.params["logit_scale"] == pytest.approx(2.6593, abs=1e-4)
-    names = {"embedding_sha256", "backbone_sha256", "vocabulary_sha256", "image_transform_sha256"}
-    assert set(loaded.digests) == names
+    what = ("embedding", "backbone", "vocabulary", "image_transform", "context_position")
+    assert set(loaded.digests) == {f"{name}_sha256" for name in what}
     assert all(len(digest) == 64 for digest in loaded.digests.values())
 
 
@@ -66,7 +66,8 @@ def test_initialize_params_frozen_texts_replace_text_tower():
     table = loaded.params[FEATURES]["table"]
     assert table.shape == (5, 10) and table.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(table, axis=-1), 1, atol=1e-6)
-    assert loaded.digests == scratch().digests
+    of_text = scratch().digests
+    assert loaded.digests == {x: y for x, y in of_text.items() if x != "context_position_sha256"}
 
 
 @pytest.mark.parametrize("sites", [(TEXT, IMAGE), (TEXT,)], ids=["both", "text"])
@@ -89,7 +90,6 @@ def test_initialize_params_from_artifact(tmp_path, sites):
 @pytest.mark.parametrize(
     ("length", "digests", "words"),
     [
-        (4, {"image_transform_sha256": "0" * 64}, "other inputs: its image_transform_sha256"),
         (6, {}, "prompts of 9 positions, but this job needs 7"),
         (4, {"embedding_sha256": "0" * 64}, "another backbone"),
     ],
@@ -101,6 +101,32 @@ def test_initialize_params_from_other_artifact_fails(tmp_path, length, digests, 
     origins, _ = saved(tmp_path / "a", method, **digests)
     with pytest.raises(ValueError, match=words):
         initialize_params(made(), origins, KEY)
+
+
+@pytest.mark.parametrize("name", ["image_transform_sha256", "context_position_sha256"])
+def test_initialize_params_other_inputs_warn_in_training_and_fail_in_evaluation(
+    tmp_path, name, caplog
+):
+    """MVLPT crops images of source tasks and squashes those of target tasks."""
+    method = SitePrompts(SharedPrompt(3, Uniform()), SharedPrompt(4, Uniform()), image_layers=2)
+    origins, prompt = saved(tmp_path / "a", method, **{name: "0" * 64})
+    with caplog.at_level("WARNING", logger="absl"):
+        loaded = initialize_params(made(method), origins, KEY)
+    assert f"other inputs: its {name} is {'0' * 64}, but that of this job is" in caplog.text
+    shared = flatten(loaded.params["prompt"])["text_context/shared"]
+    np.testing.assert_array_equal(shared, flatten(prompt)["text_context/shared"])
+    with pytest.raises(ValueError, match=f"other inputs: its {name}"):
+        initialize_params(made(method), origins, KEY, evaluates_artifact=True)
+
+
+def test_initialize_params_scalars_of_the_backbone_stay_float32():
+    """ln 100 in bfloat16 would make all logits one percent smaller."""
+    config = dataclasses.replace(clip_models.tiny(), dtype="bfloat16")
+    loaded = initialize_params(tiny_clip.model(config=config), SCRATCH, KEY)
+    dtypes = {name: leaf.dtype for name, leaf in flatten(loaded.params).items()}
+    assert dtypes.pop("logit_scale") == np.float32
+    backbone = {str(x) for name, x in dtypes.items() if not name.startswith("prompt/")}
+    assert backbone == {"bfloat16"}
 
 
 # --- Fingerprint ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from mpt_jax.training.optimizers import PromptOptimizer
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.schedules import Schedule
 from mpt_jax.training.trainer import Trainer
-from tests.fixtures import tiny
+from tests.fixtures import tiny, tiny_clip
 
 
 def make(num_microbatches=2) -> Trainer:
@@ -88,3 +88,19 @@ def test_explain_oom_other_errors_unchanged():
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         with explain_oom(made, tiny.batch([0, 1])):
             made.train(tiny.batch([0, 1]))
+
+
+def test_oom_message_of_images_names_their_settings():
+    method = tiny_clip.prompts(image=False)
+    model = tiny_clip.model(method, Runs(["pets", "shapes"], groups="independent"))
+    state = tiny.state(model, tiny_clip.params(model))
+    made = Trainer(model, state, PjitPartitioner(), jax.random.PRNGKey(0))
+    message = describe(made, tiny_clip.batch([0, 0, 1, 1], [0, 1, 0, 1]), "no memory")
+    tokens = model.module.config.image.num_tokens
+    assert f"with {tokens} tokens per image, and of the texts of 5 classes" in message
+    assert "published.clip_config.remat = 'full'" in message
+    assert "TEXT_CHUNK = 2 encodes that many of the 5 class texts at a time" in message
+    assert "TASK_FEATURE_LENGTHS" not in message
+    frozen = tiny_clip.model(tiny_clip.prompts(text=False))
+    row = frozen.row_cost(tiny_clip.batch([0], [0]))
+    assert row.exact_remedy is None and "classes" not in row.description
