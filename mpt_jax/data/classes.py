@@ -151,11 +151,12 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
                 f"The class name {name!r} has an underscore, which a model would read as a "
                 "character. Write spaces instead."
             )
-        if (first := seen.setdefault(normalized(name), name)) is not name:
+        if (key := normalized(name)) in seen:
             raise ValueError(
-                f"The class names {first!r} and {name!r} are the same after normalization, so "
+                f"The class names {seen[key]!r} and {name!r} are the same after normalization, so "
                 "their texts cannot be distinguished. Rename one of the classes."
             )
+        seen[key] = name
     return tuple(names)
 
 

@@ -167,6 +167,7 @@ def test_metrics_are_found_by_name_and_read_the_scores_of_own_classes(folder):
         (("cat", ""), "'' is empty"),
         (("cat", "a_b"), "'a_b' has an underscore"),
         (("Red Fox", "red-fox"), "'Red Fox' and 'red-fox' are the same after normalization"),
+        (("cat", "dog", "cat"), "'cat' and 'cat' are the same"),  # one object, as literals are
     ],
 )
 def test_class_names_are_checked(names, words):
