@@ -277,14 +277,18 @@ class _Places:
 
     def __init__(self, indices: Mapping[str, Index]):
         self.exact: dict[str, tuple[str, int]] = {}
-        self.folded: dict[str, tuple[str, int]] = {}  # in lower case
-        self.ends: dict[str, tuple[str, int] | None] = {}  # after a '/'; None if of several ids
+        # In lower case, whole and after a '/'; None if of several ids.
+        self.folded: dict[str, tuple[str, int] | None] = {}
+        self.ends: dict[str, tuple[str, int] | None] = {}
         for split, index in indices.items():
             for row, name in enumerate(index.ids):
-                self.exact.setdefault(name, (split, row))
-                self.folded.setdefault(name.casefold(), (split, row))
+                if name in self.exact:
+                    continue
+                self.exact[name] = place = (split, row)
+                key = name.casefold()
+                self.folded[key] = None if key in self.folded else place
                 for end in _ends(name):
-                    self.ends[end] = None if end in self.ends else (split, row)
+                    self.ends[end] = None if end in self.ends else place
 
     def find(self, name: str) -> tuple[str, int] | None:
         """Returns the place of a published id; None if it is unknown or ambiguous."""

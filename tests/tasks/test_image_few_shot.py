@@ -13,6 +13,8 @@ import seqio
 from mpt_jax.data import preprocessors, task_lookup
 from mpt_jax.data.classes import classes_of
 from mpt_jax.tasks import image_few_shot, images
+from mpt_jax.tasks.image_sources import Index
+from mpt_jax.tasks.image_splits import _Places
 from tests.fixtures import picture_files
 
 pytestmark = pytest.mark.usefixtures("own_tasks")
@@ -123,6 +125,19 @@ def test_damaged_index_file_fails_with_a_sentence(content, tmp_path):
         images.read_index(tmp_path / "index.json")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         images.read_index(tmp_path / "absent.json")
+
+
+def test_ids_that_differ_in_case_only_are_ambiguous_unless_exact():
+    found = _Places({"train": Index(("a/X.png", "a/x.png", "b/Y.png"), ((0,), (0,), (1,)))})
+    expected = {
+        **{"a/X.png": ("train", 0), "a/x.png": ("train", 1), "b/y.PNG": ("train", 2)},
+        **dict.fromkeys(["A/x.png", "x.png", "top/A/X.png"]),
+    }
+    assert {name: found.find(name) for name in expected} == expected
+    # An id of several splits is that of the first, whatever is left out of it.
+    both = _Places({x: Index(("a/x.png",), ((0,),)) for x in ("test", "train")})
+    for name in ("a/x.png", "A/X.png", "x.png", "top/a/x.png"):
+        assert both.find(name) == ("test", 0)
 
 
 def test_end_of_an_id_names_an_image_if_it_is_unique(folder, tmp_path):
