@@ -242,8 +242,16 @@ def test_imagenet_reads_its_names_from_the_file_of_the_user(tmp_path):
     file.write_text("".join(f"{x} thing {i}\n" for i, x in enumerate(ids[:-1])))
     with pytest.raises(ValueError, match=f"no line for the class {ids[-1]}"):
         _ = classes_of(task).names
-    file.write_text("".join(f"{x} thing {i}\n" for i, x in enumerate(ids)))
-    assert classes_of(task).names[998:] == ("thing 998", "thing 999")
+    # CoOp's file has these names twice.
+    same = {
+        **dict.fromkeys(("n04008634", "n03773504"), "missile"),
+        **dict.fromkeys(("n04355933", "n04356056"), "sunglasses"),
+    }
+    assert set(same) < set(ids)
+    file.write_text("".join(f"{x} {same.get(x, f'thing {i}')}\n" for i, x in enumerate(ids)))
+    found = dict(zip(ids, classes_of(task).names, strict=True))
+    assert list(found.values())[998:] == ["thing 998", "thing 999"]
+    assert [found[x] for x in same] == ["projectile", "missile", "sunglass", "sunglasses"]
 
 
 def test_few_shot_run_of_a_tfds_task_is_nested_and_has_validation():

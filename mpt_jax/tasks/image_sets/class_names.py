@@ -84,7 +84,11 @@ def tfds_names(data: str, number: int, drop: Sequence[str] = (), **settings: obj
 
 def imagenet(root: str) -> ClassTable:
     """Returns the classes of ImageNet: WordNet ids from TFDS, and display names from
-    `<root>/imagenet/classnames.txt`, CoOp's file with one class per line: id, space, name."""
+    `<root>/imagenet/classnames.txt`, CoOp's file with one class per line: id, space, name.
+
+    CoOp's file has `missile` and `sunglasses` twice. So the names of `IMAGENET` take precedence
+    over it: n04008634 is `projectile`, and n04355933 is `sunglass`, as in WordNet.
+    """
     path = epath.Path(os.path.join(root, "imagenet", "classnames.txt"))
 
     def name(wordnet_id: str) -> str:
@@ -96,7 +100,7 @@ def imagenet(root: str) -> ClassTable:
             )
         return names[wordnet_id]
 
-    return tfds_names("imagenet2012:5.1.0", 1000, rename=name)
+    return tfds_names("imagenet2012:5.1.0", 1000, rename=name, exceptions=IMAGENET)
 
 
 def _classnames(path: epath.Path) -> dict[str, str]:
@@ -122,6 +126,7 @@ def scene(path: str) -> str:
     return readable(" ".join(reversed(path.split("/")[2:])))
 
 
+IMAGENET = {"n04008634": "projectile", "n04355933": "sunglass"}
 CALTECH_COOP = {
     "airplanes": "airplane",
     "faces": "face",
