@@ -213,6 +213,18 @@ def test_images_of_tfds_have_the_label_of_their_class_and_the_split_sizes(name):
         assert [x["targets"].tolist() for x in found] == [list(x) for x in index.labels]
 
 
+def test_ids_of_tfds_do_not_depend_on_shards_except_those_of_mnist():
+    without = {
+        name
+        for name, row in SETS.items()
+        if isinstance(source := getattr(row.source, "source", row.source), images.TfdsImages)
+        and not source.ids
+    }
+    assert without == {"elevater_mnist"}
+    found = SETS["elevater_food101"].source.index("test").ids
+    assert found[:2] == ("validation_0_0.jpg", "validation_1_0.jpg")
+
+
 def test_coop_caltech_leaves_out_two_classes(tmp_path):
     source = SETS["coop_caltech101"].source.source
     dropped = {"background_google", "faces_easy"}

@@ -44,7 +44,7 @@ def sets(base: str) -> tuple[ImageSet, ...]:
             drop=("background_google", "faces_easy"),
             exceptions=names.CALTECH_COOP,
         ),
-        "food101": names.tfds_names("food101:2.0.0", 101),
+        "food101": names.tfds_names("food101:2.1.0", 101),
         "stanford_cars": names.tfds_names("cars196:2.1.0", 196, rename=names.year_first),
         "oxford_pets": names.tfds_names(
             "oxford_iiit_pet:4.0.0", 37, rename=lambda x: names.readable(x).lower()
@@ -78,7 +78,12 @@ def sets(base: str) -> tuple[ImageSet, ...]:
         ),
         "food101": _divided(
             "food101",
-            tfds("food101:2.0.0", {"train": 75_750, "validation": 25_250}, classes["food101"], ()),
+            tfds(
+                "food101:2.1.0",
+                {"train": 75_750, "validation": 25_250},
+                classes["food101"],
+                ("id",),
+            ),
             pooled("train", "validation"),
         ),
         "stanford_cars": _divided(
