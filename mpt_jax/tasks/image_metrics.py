@@ -4,6 +4,9 @@ The first part of the module has functions of arrays that return fractions. The 
 SeqIO metrics, `(targets, scores)` or `(targets, predictions) -> {name: value}`, in percent. A
 target is a class id, or a multi-hot row [C] if an example may have several classes.
 
+Scores are log probabilities, as jobs get them from `score_batch`: over the classes of an example,
+or of each class separately in a multi-label task. Metrics that only compare scores accept others.
+
 Labels out of range, NaN scores, an empty set, and labels for which a metric is undefined (no class
 with a positive example, for instance) raise ValueError.
 """
@@ -100,13 +103,13 @@ def roc_auc_score(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def multilabel_f1(labels: np.ndarray, scores: np.ndarray, threshold: float) -> dict[str, float]:
-    """Returns F1 of the classes whose sigmoid of the score exceeds a threshold.
+    """Returns F1 of the classes whose probability exceeds a threshold.
 
     Classes without a positive example count for `of1` only. A precision without predictions is 0.
 
     Args:
         labels: multi-hot [N, C].
-        scores: logits [N, C].
+        scores: the log probability of each class [N, C], at most 0.
         threshold: the probability above which a class is predicted.
 
     Returns:
@@ -115,7 +118,13 @@ def multilabel_f1(labels: np.ndarray, scores: np.ndarray, threshold: float) -> d
         multi-label classification.
     """
     truth = _multi_hot(labels, scores)
-    predicted = special.expit(scores.astype(np.float64)) > threshold
+    if (positive := scores > 0).any():
+        row, column = map(int, np.argwhere(positive)[0])
+        _fail(
+            f"The score of example {row} for class {column} is {scores[row, column]}, but log "
+            "probabilities are at most 0. Pass the log sigmoid of logits."
+        )
+    predicted = scores.astype(np.float64) > np.log(threshold)
     hits = (truth & predicted).sum(axis=0)
     positives, chosen = truth.sum(axis=0), predicted.sum(axis=0)
     used = _classes_with_positives(positives)
@@ -134,7 +143,8 @@ def calibration_error(labels: np.ndarray, scores: np.ndarray, bins: int = BINS) 
 
     Args:
         labels: class ids [N].
-        scores: logits or log probabilities [N, C]; the confidence is the highest softmax.
+        scores: log probabilities [N, C]; the confidence is the highest probability. They are
+            normalized, so logits have the same error.
         bins: the number of bins of equal width; a bin includes its upper bound.
     """
     hits = _paired(labels, _best(labels, scores))

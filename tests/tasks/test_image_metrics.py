@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
+from mpt_jax.core.runs import Runs
+from mpt_jax.models.class_texts import TaskClasses
 from mpt_jax.tasks import image_metrics, text_metrics
+from tests.fixtures import tiny_clip
 
 DRAW = np.random.default_rng(0)
 LABELS = DRAW.integers(0, 5, 200)
@@ -107,7 +110,8 @@ def test_f1_equals_that_of_sklearn(threshold):
     options = {"average": "macro", "zero_division": 0}
     precision = sklearn_metrics.precision_score(HOT[:, used], predicted[:, used], **options)
     recall = sklearn_metrics.recall_score(HOT[:, used], predicted[:, used], **options)
-    values = image_metrics.f1_at(threshold)(HOT, SCORES)
+    log_probabilities = -np.logaddexp(0, -SCORES)
+    values = image_metrics.f1_at(threshold)(HOT, log_probabilities)
     assert list(values) == ["of1", "cf1_mean_of_f1", "cf1_of_means"]
     close(values["of1"], 100 * f1(HOT, predicted, average="micro"))
     close(values["cf1_mean_of_f1"], 100 * f1(HOT[:, used], predicted[:, used], **options))
@@ -118,6 +122,25 @@ def test_f1_equals_that_of_sklearn(threshold):
 def test_f1_without_predictions_is_zero():
     values = image_metrics.f1_at(0.5)([[1, 0], [0, 1]], [[-1.0, -1.0], [-1.0, -np.inf]])
     assert values == {"of1": 0.0, "cf1_mean_of_f1": 0.0, "cf1_of_means": 0.0}
+
+
+def test_f1_of_the_scores_of_a_model_is_that_of_its_sigmoids():
+    tags = TaskClasses("tags", ("cat", "dog", "small bird"), ("a {}.",), multi_label=True)
+    model = tiny_clip.model(runs=Runs(["tags"]), texts=tiny_clip.texts(tasks=(tags,)))
+    params, batch = tiny_clip.params(model), tiny_clip.batch([0] * 12, [-1] * 12)
+    probabilities = 1 / (1 + np.exp(-np.asarray(model.own_logits(params, batch), np.float64)))
+    threshold = float(np.median(probabilities))
+    hot = np.random.default_rng(1).random((12, 3)) < 0.5
+    expected = sklearn_metrics.f1_score(hot, probabilities > threshold, average="micro")
+    scores = np.asarray(model.score_batch(params, batch))
+    found = image_metrics.f1_at(threshold)(hot.astype(int), scores)["of1"]
+    np.testing.assert_allclose(found, 100 * expected, rtol=1e-12)
+    assert found > 20
+
+
+def test_f1_of_logits_fails():
+    with pytest.raises(ValueError, match=r"score of example 0 for class 1 is 2.0, but log prob"):
+        image_metrics.f1_at(0.5)([[1, 0]], [[0.0, 2.0]])
 
 
 def test_calibration_error_of_hand_case():
@@ -230,7 +253,7 @@ def test_metrics_follow_the_conventions_of_seqio(metric):
     """SeqIO tells metrics apart by their arguments; `mpt-jax tasks` shows the names of values."""
     kind = "predictions" if metric in IDS else "scores"
     assert list(inspect.signature(metric).parameters) == ["targets", kind]
-    scores = np.array([0, 1]) if metric in IDS else np.array([[1.0, 0.0], [0.0, 1.0]])
+    scores = np.array([0, 1]) if metric in IDS else np.log([[0.9, 0.1], [0.1, 0.9]])
     values = metric([0, 1], scores)
     assert tuple(values) == text_metrics.value_names(metric)
     assert all(isinstance(value, float | int) for value in values.values())
