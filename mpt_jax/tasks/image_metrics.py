@@ -298,7 +298,8 @@ def _paired(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         if values.ndim != 1:
             _fail(
                 f"Accuracy needs one class per example, but the {name} have the shape "
-                f"{values.shape}. Use map for tasks with several classes per example."
+                f"{values.shape}. For tasks with several classes per example, set metric_fns to "
+                "('map',)."
             )
     _check(labels, predicted)
     return labels == predicted

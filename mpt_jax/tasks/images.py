@@ -15,6 +15,7 @@ names lists the images, and reports all rows that cannot be used.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,14 @@ __all__ = [
 ]
 
 TEMPLATES = ("a photo of a {}.",)
-METRICS = ("accuracy", "mean_per_class", "map_11point", "roc_auc")
+METRICS: Mapping[str, Callable[..., Any]] = {
+    "accuracy": image_metrics.accuracy,
+    "mean_per_class": image_metrics.mean_per_class,
+    "map": image_metrics.mean_average_precision,
+    "map_11point": image_metrics.map_11point,
+    "roc_auc": image_metrics.roc_auc,
+    "calibration_error": image_metrics.calibration,
+}
 
 ClassNames = Sequence[str] | Mapping[str, str] | None
 
@@ -84,8 +92,9 @@ def register(
             for underscores; a mapping to replace some of these; a sequence of the same names in
             another spelling; or a function that returns all names in label order.
         templates: The texts in which `{}` stands for a class name.
-        metric_fns: The metrics: names of `METRICS`, or SeqIO metrics `(targets, scores)`. The first
-            one selects the best step.
+        metric_fns: The metrics: names of `METRICS`, or SeqIO metrics `(targets, scores)`, whose
+            scores are log probabilities [N, C] of the task's own classes, see `image_metrics`. The
+            first one selects the best step.
         multi_label: Whether an image may have any number of classes; None for what the source says.
         shares: The shares of train, validation and test, by a stable hash within each class of the
             only split of the source; None for the splits of the source.
@@ -125,10 +134,7 @@ def register(
         output_features=image_preprocessors.output_features(classes),
         preprocessors=image_preprocessors.finish(name),
         postprocess_fn=functools.partial(_class_ids, classes),
-        metric_fns=[
-            text_metrics.of_task(name, metric(fn, classes) if isinstance(fn, str) else fn)
-            for fn in metric_fns
-        ],
+        metric_fns=[text_metrics.of_task(name, metric(fn, classes)) for fn in metric_fns],
     )
     if drawn_as is not None:
         few_shot.draw_as(task, drawn_as)
@@ -172,24 +178,27 @@ def names_of(source: ImageSource, class_names: ClassNames) -> list[str]:
     return [found[normalized(x)] for x in ids]
 
 
-def metric(name: str, classes: ClassVocabulary) -> Callable[..., Any]:
-    """Returns the SeqIO metric `(targets, scores)` of a name of `METRICS`, for a task with these
-    classes. Models return as many scores as the task with the most classes has; only those of the
-    task's own classes are read.
+def metric(chosen: str | Callable[..., Any], classes: ClassVocabulary) -> Callable[..., Any]:
+    """Returns the SeqIO metric of a name of `METRICS`, or a given one, for a task with these
+    classes. Models return as many scores as the task with the most classes has; a metric `(targets,
+    scores)` gets only those of the task's own classes.
 
     Raises:
         ValueError: the name is unknown.
     """
-    if name not in METRICS:
-        raise ValueError(unknown_name("image metric", name, METRICS))
+    if isinstance(chosen, str) and chosen not in METRICS:
+        raise ValueError(unknown_name("image metric", chosen, list(METRICS)))
+    fn = METRICS[chosen] if isinstance(chosen, str) else chosen
+    if list(inspect.signature(fn).parameters)[1:2] != ["scores"]:
+        return fn
 
-    def scored(targets: Sequence[Any], scores: Any) -> dict[str, Any]:
-        own = np.asarray(scores)[:, : len(classes.names)]
-        return getattr(image_metrics, name)(targets, own)
+    @functools.wraps(fn)
+    def of_own_classes(targets: Sequence[Any], scores: Any) -> dict[str, Any]:
+        return fn(targets, np.asarray(scores)[:, : len(classes.names)])
 
-    scored.__name__ = name
-    scored.value_names = (name,)  # type: ignore[attr-defined]
-    return scored
+    if isinstance(chosen, str):
+        of_own_classes.value_names = (chosen,)  # type: ignore[attr-defined]
+    return of_own_classes
 
 
 def _class_ids(

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from mpt_jax.data import image_preprocessors, preprocessors
 from mpt_jax.data.classes import ClassVocabulary, classes_of, normalized
-from mpt_jax.tasks import images
+from mpt_jax.tasks import image_metrics, images, text_metrics
 from mpt_jax.tasks.image_splits import Share, held_out
 from tests.fixtures import picture_files
 from tests.fixtures.gin_files import ROOT
@@ -145,13 +145,41 @@ def test_function_source_of_the_user_needs_all_class_names():
 
 
 def test_metrics_are_found_by_name_and_read_the_scores_of_own_classes(folder):
-    images.register("scored", images.FolderImages(folder), metric_fns=images.METRICS)
+    images.register("scored", images.FolderImages(folder), metric_fns=tuple(images.METRICS))
     task = seqio.TaskRegistry.get("scored")
-    assert len(task.score_metric_fns) == 4 and not task.predict_metric_fns
+    assert len(task.score_metric_fns) == 6 and not task.predict_metric_fns
     # The fourth score is of another task's class, and would be the highest.
     scores = np.array([[3.0, 1.0, 0.0, 9.0], [0.0, 1.0, 3.0, 9.0], [0.0, 3.0, 1.0, 9.0]])
     found = task.score_metric_fns[0]([0, 2, 2], scores)
     assert found == {"accuracy": pytest.approx(200 / 3)}
+    for name, fn in zip(images.METRICS, task.score_metric_fns, strict=True):
+        assert text_metrics.value_names(fn) == (name,)
+        if name != "roc_auc":  # which needs two classes
+            found = fn([0, 2, 2], scores)
+            assert found == fn([0, 2, 2], scores[:, :3]) and name in found
+
+
+def test_functions_get_the_scores_of_own_classes(folder):
+    seen = {}
+
+    def with_scores(targets, scores):
+        seen["scores"] = np.shape(scores)
+        return {"size": 1.0}
+
+    def with_predictions(targets, predictions):
+        seen["predictions"] = predictions
+        return {"hits": 1.0}
+
+    fns = (with_scores, with_predictions, image_metrics.f1_at(0.5))
+    images.register("own_fns", images.FolderImages(folder), metric_fns=fns)
+    task = seqio.TaskRegistry.get("own_fns")
+    scores = np.log([[0.6, 0.1, 0.1, 0.9], [0.2, 0.2, 0.7, 0.9]])
+    scored, f1 = task.score_metric_fns
+    assert scored([0, 2], scores) == {"size": 1.0} and seen["scores"] == (2, 3)
+    assert f1(np.eye(3, dtype=int)[[0, 2]], scores)["of1"] == 100
+    task.predict_metric_fns[0]([0, 2], ["a", "b"])
+    assert seen["predictions"] == ["a", "b"]
+    assert text_metrics.value_names(f1) == ("of1", "cf1_mean_of_f1", "cf1_of_means")
 
 
 # --- Class names ------------------------------------------------------------------------------
