@@ -69,6 +69,9 @@ METRICS: Mapping[str, Callable[..., Any]] = {
     "calibration_error": image_metrics.calibration,
 }
 
+# Those that need one class per example.
+SINGLE_LABEL = ("accuracy", "mean_per_class", "roc_auc", "calibration_error")
+
 ClassNames = Sequence[str] | Mapping[str, str] | None
 
 
@@ -78,7 +81,7 @@ def register(
     class_names: ClassNames | Callable[[], Sequence[str]] = None,
     *,
     templates: Sequence[str] = TEMPLATES,
-    metric_fns: Sequence[str | Callable[..., Any]] = ("accuracy",),
+    metric_fns: Sequence[str | Callable[..., Any]] | None = None,
     multi_label: bool | None = None,
     shares: Sequence[float] | None = None,
     drawn_as: str | None = None,
@@ -94,14 +97,15 @@ def register(
         templates: The texts in which `{}` stands for a class name.
         metric_fns: The metrics: names of `METRICS`, or SeqIO metrics `(targets, scores)`, whose
             scores are log probabilities [N, C] of the task's own classes, see `image_metrics`. The
-            first one selects the best step.
+            first one selects the best step. None for accuracy, or map_11point if `multi_label`.
         multi_label: Whether an image may have any number of classes; None for what the source says.
         shares: The shares of train, validation and test, by a stable hash within each class of the
             only split of the source; None for the splits of the source.
         drawn_as: The name of the task whose few-shot selections this task uses; None for `name`.
 
     Raises:
-        ValueError: the name is taken; or a name, template, metric or share is invalid.
+        ValueError: the name is taken; a name, template, metric or share is invalid; or a metric
+            needs one class per example, but an example may have several.
     """
     if name in seqio.TaskRegistry.names() | seqio.MixtureRegistry.names():
         raise ValueError(
@@ -121,6 +125,13 @@ def register(
         raise ValueError(
             f"The source of task {name!r} is a {type(source).__name__}, which cannot be divided "
             "and has no class names. Omit shares=, and pass all class_names= in label order."
+        )
+    if metric_fns is None:
+        metric_fns = ("map_11point",) if multi_label else ("accuracy",)
+    if multi_label and (wrong := [fn for fn in metric_fns if fn in SINGLE_LABEL]):
+        raise ValueError(
+            f"Task {name!r} has several classes per example, but the metric {wrong[0]!r} needs one "
+            "class per example. Use map or map_11point in metric_fns=."
         )
     if isinstance(class_names, Sequence):
         check_names(class_names)

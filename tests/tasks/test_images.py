@@ -159,6 +159,17 @@ def test_metrics_are_found_by_name_and_read_the_scores_of_own_classes(folder):
             assert found == fn([0, 2, 2], scores[:, :3]) and name in found
 
 
+@pytest.mark.parametrize("name", ["accuracy", "mean_per_class", "roc_auc", "calibration_error"])
+def test_metrics_of_one_class_are_refused_for_several(name):
+    data = {"train": (np.zeros((3, 2, 2, 3), np.uint8), np.eye(3, dtype=bool))}
+    source = images.ArrayImages(data, "abc", multi_label=True)
+    with pytest.raises(ValueError, match=f"the metric '{name}' needs one class per example"):
+        images.register("tags_metric", source, metric_fns=("map", name))
+    images.register("tags_metric", source)
+    (metric,) = seqio.TaskRegistry.get("tags_metric").score_metric_fns
+    assert metric([[1, 0, 0], [0, 1, 0]], -np.ones((2, 4)))["map_11point"] == 50
+
+
 def test_functions_get_the_scores_of_own_classes(folder):
     seen = {}
 
