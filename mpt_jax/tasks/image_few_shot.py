@@ -1,14 +1,15 @@
 """Few-shot runs of image tasks: `eurosat_k5_per_class_s1`, and replay of published selections.
 
-The names are those of `few_shot`. The images of a run are the k smallest of each class in the order
-of a stable hash of (task, split, image id, draw): BLAKE2b of these words, joined by '/'. So the
-images of k = 1 are among those of k = 5, and a selection depends neither on the order of the data
-set, nor on other tasks, nor on the host. A class with fewer than k images has all of them; an image
-of several classes counts for each of them.
+The names are those of `few_shot`. The images of a run are the k smallest in the order of a stable
+hash of (task, split, image id, draw): BLAKE2b of these words, joined by '/'. So the images of k = 1
+are among those of k = 5, and a selection depends neither on the order of the data set, nor on other
+tasks, nor on the host. Without `_per_class`, k counts images in total, and fewer training images
+than k are an error. With it, k counts images of each class: a class with fewer than k has all of
+them, and an image of several classes counts for each of them.
 
-The validation split of a run is the task's. If the task has none, or with `_dev`, it is
-min(k, `DEV`) images of each class: of the task's validation split, or else of the training images
-that the run does not train on.
+The validation split of a run is the task's. If the task has none, or with `_dev`, it is selected
+from the task's validation split, or else from the training images that the run does not train on: k
+images in total, or with `_per_class` min(k, `DEV`) images of each class; fewer if no more are left.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mpt_jax.tasks import few_shot
 from mpt_jax.tasks.image_sources import ImageSource, Index
 from mpt_jax.tasks.image_splits import ChosenImages, digest
 
-DEV = 4  # validation images of each class of a run, at most
+DEV = 4  # validation images of each class of a run `_per_class`, at most
 VERSION = 1
 DIGEST = "sha256"
 
@@ -98,7 +99,8 @@ class FewShotImages(few_shot.FewShotSource):
         if the split is the task's.
 
         Raises:
-            ValueError: the split would be empty.
+            ValueError: the split would be empty, or there are fewer than k training images in
+                total.
         """
         if split not in self.cut:
             return None
@@ -129,10 +131,15 @@ class FewShotImages(few_shot.FewShotSource):
             train = set(self.few_shot_indices("train") or ())
             rows = [row for row in rows if row not in train]
         order = ranked(draw.task, split, draw.seed, index, rows)
-        k = draw.k if split == "train" else min(draw.k, DEV)
         if not draw.per_class:
-            kept = order[:k]
+            kept = order[: draw.k]
+            if split == "train" and len(kept) < draw.k:
+                raise ValueError(
+                    f"{draw.task} has {len(kept):,} images in its train split, but {draw.name} "
+                    f"needs k = {draw.k:,}. Use a smaller k in SHOTS or in the run's name."
+                )
         else:
+            k = draw.k if split == "train" else min(draw.k, DEV)
             kept = smallest(order, index, k)
             counts = {label: len(x) for label, x in index.rows_of_classes().items()}
             if split == "train" and (few := [n for n in counts.values() if n < k]):

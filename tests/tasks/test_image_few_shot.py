@@ -49,6 +49,12 @@ def test_few_shot_images_are_nested_and_those_of_the_stable_hash(folder):
     expected = [x for x in left if [y for y in left if y[:3] == x[:3]].index(x) < 4]
     assert validation == expected and len(expected) == 1 + 4
     assert ids("shots_k3_s1") == ordered[:3]
+    for k, size in ((3, 3), (6, 6), (15, 5)):  # in total, of the 20 - k images that are left
+        left = sorted(set(everything) - set(ordered[:k]), key=lambda x: key(x, "validation"))
+        assert ids(f"shots_k{k}_s1", "validation") == left[:size]
+    assert len(ids("shots_k20_s1")) == 20
+    with pytest.raises(ValueError, match="shots has 20 images .* shots_k21_s1 needs k = 21. Use"):
+        ids("shots_k21_s1")
     assert ids("shots_k3_per_class_s2") != kept[3]
 
 
@@ -73,6 +79,8 @@ def test_few_shot_run_keeps_classes_validation_and_marks_its_own_task(folder, tm
     assert (len(ids(whole)), len(ids(whole, "validation")), len(ids(whole, "test"))) == (3, 20, 20)
     assert (len(ids(cut)), len(ids(cut, "validation")), len(ids(cut, "test"))) == (3, 3, 20)
     assert len(ids("three_k6_per_class_s0_dev", "validation")) == 12  # at most 4 of each class
+    assert len(ids("three_k6_s0_dev", "validation")) == 6
+    assert len(ids("three_k20_s0_dev", "validation")) == 20
     run = seqio.TaskRegistry.get(whole)
     assert classes_of(run) is classes_of(seqio.TaskRegistry.get("three"))
     assert len(rows(run.name)) == 3
