@@ -219,7 +219,8 @@ def read_index(path: str | os.PathLike[str]) -> tuple[str, dict[str, list[str]]]
 
 def register_selection(name: str, task: str, path: str | os.PathLike[str]) -> None:
     """Registers a task whose splits are the image ids of an index file, such as a published
-    few-shot selection. Splits that the file does not name are those of `task`.
+    few-shot selection. Splits that the file does not name are those of `task`; it is an error if
+    the file takes images from them for another split.
 
     Args:
         name: The name of the new task.

@@ -149,8 +149,9 @@ class TableImages(FileImages):
     """Source of images listed in a CSV, TSV or JSONL file with the columns `file`, `label` and, if
     the images are split, `split`.
 
-    A file is relative to `root`. A label is the name of a class; several are separated by `|` if
-    `multi_label`, where an empty cell means none.
+    A file is relative to `root`, and may be in one row only, so that splits share no image. A label
+    is the name of a class; several are separated by `|` if `multi_label`, where an empty cell means
+    none.
 
     Args:
         table: The file. Its extension selects the reader, see `file_formats`.
@@ -183,11 +184,15 @@ class TableImages(FileImages):
             ValueError: the table has no rows, rows cannot be used, or a class has no image.
         """
         bad = BadRows(self.table, self.skip_broken)
-        rows, total = [], 0
+        rows, total, seen = [], 0, set()
         for number, row in _table_rows(self.table):
             total += 1
             try:
-                rows.append(self._parsed(row))
+                parsed = self._parsed(row)
+                if (place := posixpath.normpath(parsed[0])) in seen:
+                    raise file_formats.Unusable("listed in an earlier row")
+                seen.add(place)
+                rows.append(parsed)
             except file_formats.Unusable as error:
                 name = row.get("file") if isinstance(row, Mapping) else None
                 bad.add(str(name or f"line {number}"), error.reason)

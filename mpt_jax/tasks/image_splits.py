@@ -6,7 +6,9 @@ has the same share of every class. Its splits depend only on the ids, the labels
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 
@@ -166,14 +168,14 @@ class ChosenImages(ImageSource):
         source: The source of the images.
         ids: Split -> the ids of its images, in order. Published ids may have more or fewer folders
             before the file name than those of the source, and another case, if that leaves one
-            image. Splits of the source that are not named stay as they are.
+            image. Splits of the source that are not named stay as they are, so no other split may
+            take images from them.
         where: The file with the ids, for errors.
     """
 
     def __init__(self, source: ImageSource, ids: Mapping[str, Sequence[str]], where: str):
         super().__init__((), source.multi_label)
         self.source, self.ids, self.where = source, dict(ids), where
-        self._places: dict[str, list[tuple[str, int]]] = {}
 
     def __str__(self) -> str:
         return f"{self.source}, split by {self.where}"
@@ -209,36 +211,64 @@ class ChosenImages(ImageSource):
         return [row for _, row in places] if {name for name, _ in places} == {split} else None
 
     def places(self, split: str) -> list[tuple[str, int]]:
-        """Returns the (split of the source, row) of each image of a split, in order.
+        """Returns the (split of the source, row) of each image of a split of the file, in order.
 
         Raises:
-            ValueError: an id is unknown or ambiguous.
+            ValueError: an id of the file is unknown or ambiguous, or an image of the file would be
+                in two splits.
         """
-        if split not in self._places:
-            others = [name for name in self.source.splits if name != split]
-            own = [split] if split in self.source.splits else []
-            found = _Places({name: self.source.index(name) for name in [*own, *others]})
-            places = {name: found.find(name) for name in self.ids[split]}
-            if absent := [name for name, place in places.items() if place is None]:
+        return self._located[split]
+
+    @functools.cached_property
+    def _located(self) -> dict[str, list[tuple[str, int]]]:
+        """What `places` returns of each split of the file. All are checked at the first use of any
+        split, so that training does not start on images of the test split."""
+        located = {split: self._find(split) for split in self.ids}
+        train = set(located.get("train", ()))
+        for split, places in located.items():
+            origins = collections.Counter(name for name, _ in places if name != split)
+            for origin in [name for name in origins if name not in self.ids]:
                 raise ValueError(
-                    f"{self.where}, {split}: {len(absent):,} of {len(self.ids[split]):,} images "
-                    f"are not in {self.source}, or several have this name: "
-                    f"{', '.join(absent[:SHOWN])}. Use a file for this data set."
+                    f"{self.where}, {split}: {origins[origin]:,} of {len(places):,} images are in "
+                    f"the {origin} split of {self.source}, which the file does not name, so they "
+                    f"would be in both splits. Name {origin} in the file too, without these images."
                 )
-            self._places[split] = [place for place in places.values() if place is not None]
-        return self._places[split]
+            shared = [] if split == "train" else [place for place in places if place in train]
+            if shared:
+                name, row = shared[0]
+                raise ValueError(
+                    f"{self.where}, {split}: {len(shared):,} of {len(places):,} images are also in "
+                    f"its train split, such as {self.source.index(name).ids[row]}. Remove them "
+                    "from one of the splits."
+                )
+        return located
+
+    def _find(self, split: str) -> list[tuple[str, int]]:
+        others = [name for name in self.source.splits if name != split]
+        own = [split] if split in self.source.splits else []
+        found = _Places({name: self.source.index(name) for name in [*own, *others]})
+        places = {name: found.find(name) for name in self.ids[split]}
+        if absent := [name for name, place in places.items() if place is None]:
+            raise ValueError(
+                f"{self.where}, {split}: {len(absent):,} of {len(self.ids[split]):,} images "
+                f"are not in {self.source}, or several have this name: "
+                f"{', '.join(absent[:SHOWN])}. Use a file for this data set."
+            )
+        return [place for place in places.values() if place is not None]
 
     def read_index(self, split: str) -> Index:
         """Returns the ids and labels of a split, in the order of the file."""
-        if split not in self.ids:
+        located = self._located
+        if split not in located:
             return self.source.index(split)
-        return index_places(self.source, self.places(split))
+        return index_places(self.source, located[split])
 
     def stream(self, split: str, rows: np.ndarray | None) -> tf.data.Dataset:
         """Returns the examples of a split in order; only ascending `rows` [n] unless None."""
-        if split not in self.ids:
+        located = self._located
+        if split not in located:
             return self.source.stream(split, rows)
-        places = self.places(split)
+        places = located[split]
         chosen = places if rows is None else [places[row] for row in rows.tolist()]
         return select_places(self.source, chosen)
 

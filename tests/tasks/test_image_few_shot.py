@@ -124,6 +124,47 @@ def test_index_file_is_written_and_replayed(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (
+            {"train": ["train/cat/00.png", "test/cat/00.png", "test/dog/00.png"]},
+            "train: 2 of 3 images are in the test split of .*, which the file does not name, so .* "
+            "Name test in the file too",
+        ),
+        (
+            {"test": ["train/cat/00.png"]},
+            "test: 1 of 1 images are in the train split .* Name train in the file too",
+        ),
+        (
+            {"train": ["train/cat/00.png"], "test": ["test/cat/00.png", "train/cat/00.png"]},
+            "test: 1 of 2 images are also in its train split, such as train/cat/00.png. Remove",
+        ),
+    ],
+)
+@pytest.mark.parametrize("read", ["train", "test"])
+def test_selection_that_trains_on_images_of_another_split_fails(
+    splits, message, read, folder, tmp_path
+):
+    for split in ("train", "test"):
+        shutil.copytree(folder, tmp_path / "pair" / split)
+    images.register("pair", images.FolderImages(tmp_path / "pair", with_splits=True))
+    image_few_shot.seal_index(tmp_path / "index.json", "pair", splits)
+    images.register_selection("pair_chosen", "pair", tmp_path / "index.json")
+    with pytest.raises(ValueError, match=message):
+        rows("pair_chosen", read)
+
+
+def test_selection_may_move_images_between_splits_that_it_names(folder, tmp_path):
+    for split in ("train", "test"):
+        shutil.copytree(folder, tmp_path / "pair" / split)
+    images.register("moved", images.FolderImages(tmp_path / "pair", with_splits=True))
+    splits = {"train": ["test/cat/00.png"], "test": ["train/cat/00.png"]}
+    image_few_shot.seal_index(tmp_path / "index.json", "moved", splits)
+    images.register_selection("moved_chosen", "moved", tmp_path / "index.json")
+    assert ids("moved_chosen") == splits["train"] and ids("moved_chosen", "test") == splits["test"]
+
+
+@pytest.mark.parametrize(
     "content",
     ["[]", "{", '{"version": 1}', '{"version": 2, "task": "a", "splits": {}, "sha256": ""}'],
 )

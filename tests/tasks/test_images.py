@@ -83,8 +83,8 @@ def test_table_of_files_reads_labels_splits_and_several_classes(folder, tmp_path
     assert [x["targets"].tolist() for x in rows("tags", "test")] == [[2]]
     assert classes_of(seqio.TaskRegistry.get("tags")).multi_label
     lines = [
-        {"file": f"{c}/00.png", "label": c, "split": s}
-        for s in ("train", "dev")
+        {"file": f"{c}/{i:02}.png", "label": c, "split": s}
+        for i, s in enumerate(("train", "dev"))
         for c in ("cat", "dog")
     ]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
@@ -330,7 +330,11 @@ def test_bad_rows_of_a_table_are_listed_with_count_and_reasons(folder, tmp_path)
         ("file,label\n", "has 0 different labels in 0 rows"),
         ("", "has 0 different labels in 0 rows"),
         ("name,label\na,b\n", "no column 'file'"),
-        ("file,label\ncat/00.png,a\ncat/00.png,b\n", "are listed twice: cat/00.png"),
+        ("file,label\ncat/00.png,a\ncat/00.png,b\n", "1 of 2 .*cat/00.png .listed in an earlier"),
+        (
+            "file,label,split\ncat/00.png,a,train\ncat//./00.png,a,test\n",
+            "1 of 2 rows cannot be used: cat//./00.png .listed in an earlier row",
+        ),
         ("file,label,split\ncat/00.png,a,other\n", "split 'other' is not train"),
         ("file,label,file\ncat/00.png,a,b\n", "repeats the columns file"),
     ],
