@@ -6,17 +6,20 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import tensorflow as tf
 from etils import epath
 
+from mpt_jax.core import schema
 from mpt_jax.data import image_formats
+from mpt_jax.runtime.tensors import load_npy
 from mpt_jax.tasks.image_files import ORDER, Listing
 from mpt_jax.tasks.image_sources import Index, ListedImages, check_classes
 
 MOST_BYTES = 2**33  # of the arrays in an NPZ file
+SUFFIX = ".npy"  # of a file in an NPZ file
 
 
 class ArrayImages(ListedImages):
@@ -130,24 +133,35 @@ def _read_npz(path: epath.Path) -> dict[str, tuple[Any, Any]]:
             f"The file {path} does not exist. Correct the path; relative paths start from the "
             "working directory."
         )
-    try:
-        with path.open("rb") as file:
-            size = sum(info.file_size for info in zipfile.ZipFile(file).infolist())
-            if size > MOST_BYTES:
-                raise ValueError(f"its arrays have {size:,} bytes, the limit is {MOST_BYTES:,}")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise ValueError(
-            f"{path} cannot be read as an NPZ file: {error}. Write it with numpy.savez, with "
-            "uint8 images and integer labels."
-        ) from error
-    splits = [name.removesuffix("_images") for name in arrays if name.endswith("_images")]
-    absent = [f"{x}_labels" for x in splits if f"{x}_labels" not in arrays]
+    with path.open("rb") as file:
+        with schema.damage(
+            f"{path} cannot be read as an NPZ file",
+            "Write it with numpy.savez, with uint8 images and integer labels.",
+        ):
+            try:
+                members = _npz_members(file)
+            except OSError as error:  # a damaged offset
+                raise ValueError(error.strerror) from error
+    splits = [name.removesuffix("_images") for name in members if name.endswith("_images")]
+    absent = [f"{x}_labels" for x in splits if f"{x}_labels" not in members]
     if not splits or absent:
         raise ValueError(
-            f"{path} has the arrays {', '.join(arrays) or 'none'}, but lacks "
+            f"{path} has the arrays {', '.join(members) or 'none'}, but lacks "
             f"{(absent or ['train_images'])[0]}. Write <split>_images and <split>_labels."
         )
-    return {x: (arrays[f"{x}_images"], arrays[f"{x}_labels"]) for x in splits}
+
+    def array(name: str) -> np.ndarray:
+        return load_npy(members.pop(name), f"{path}, {name},")
+
+    return {x: (array(f"{x}_images"), array(f"{x}_labels")) for x in splits}
+
+
+def _npz_members(file: IO[bytes]) -> dict[str, bytes]:
+    """Returns array name -> its `.npy` file, of an NPZ file of at most `MOST_BYTES` of arrays."""
+    with zipfile.ZipFile(file) as archive:
+        found = [info for info in archive.infolist() if info.filename.endswith(SUFFIX)]
+        # An archive with another size fails, since a member is read up to its declared size.
+        size = sum(info.file_size for info in found)
+        if size > MOST_BYTES:
+            raise ValueError(f"its arrays have {size:,} bytes, the limit is {MOST_BYTES:,}")
+        return {info.filename.removesuffix(SUFFIX): archive.read(info) for info in found}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -393,7 +395,7 @@ def test_unusable_arrays_fail_with_a_sentence(source, words):
 def test_npz_files_are_never_unpickled_and_bounded(tmp_path, monkeypatch):
     path = tmp_path / "x.npz"
     np.savez(path, train_images=np.array([{}], object), train_labels=np.array([0]))
-    with pytest.raises(ValueError, match="cannot be read as an NPZ file"):
+    with pytest.raises(ValueError, match="train_images, is .*not a plain array of numbers"):
         images.ArrayImages(path, "ab").index("train")
     path.write_bytes(b"no archive")
     with pytest.raises(ValueError, match="cannot be read as an NPZ file"):
@@ -406,6 +408,49 @@ def test_npz_files_are_never_unpickled_and_bounded(tmp_path, monkeypatch):
         images.ArrayImages(path, "ab").index("train")
     with pytest.raises(FileNotFoundError):
         images.ArrayImages(tmp_path / "absent.npz", "ab").index("train")
+
+
+def _hostile(kind):
+    """Returns an NPZ file of less than 1 KB that does not hold what it declares."""
+    npy, content = io.BytesIO(), io.BytesIO()
+    np.save(npy, np.arange(64, dtype=np.uint8).reshape(1, 8, 8))
+    images_ = npy.getvalue()
+    if kind == "shape":  # 4 TiB
+        images_ = images_.replace(b"(1, 8, 8), }" + b" " * 10, b"(4398046511104,), }   ")
+        assert len(images_) == len(npy.getvalue()) and b"4398046511104" in images_
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train_images.npy", images_)
+        archive.writestr("train_labels.npy", b"")
+    file = bytearray(content.getvalue())
+    start = 30 + len("train_images.npy")  # of the compressed bytes
+    if kind == "stream":
+        file[start : start + 8] = b"\xff" * 8
+    if kind == "encrypted":
+        for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            file[file.index(mark) + place] |= 1
+    if kind == "offset":
+        file[-6:-2] = b"\xff" * 4
+    return bytes(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "shape",
+            r"train_images, is truncated.*its shape \(4398046511104,\) needs .* but it has 64",
+        ),
+        ("stream", "cannot be read as an NPZ file: .*decompressing"),
+        ("encrypted", "cannot be read as an NPZ file: .*encrypted"),
+        ("offset", "cannot be read as an NPZ file: "),
+    ],
+)
+def test_hostile_npz_files_fail_with_a_sentence_before_allocation(kind, message, tmp_path):
+    content = _hostile(kind)
+    assert len(content) < 1024
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        images.ArrayImages(tmp_path / "x.npz", "ab").index("train")
 
 
 def test_names_and_settings_that_clash_fail_at_registration(folder):
