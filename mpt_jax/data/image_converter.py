@@ -45,7 +45,8 @@ class PromptImageConverter(seqio.FeatureConverter):
         num_classes: the number of classes of each bank row; the model supplies it.
         multi_label: whether the task of each bank row is multi-label; the model supplies it.
         augmentation: the augmentation of training images, in place of the transform; None for the
-            transform. The model supplies it.
+            transform. The model supplies it. Only examples of a `TaskMixture` have the number of
+            their pass, without which they are not augmented.
         seed: the seed of the augmentation.
         decode: whether batches have images or, for an image cache, encoded files.
         pack, use_custom_packing_ops: must be False, because an image fills its row.
@@ -96,7 +97,7 @@ class PromptImageConverter(seqio.FeatureConverter):
             task_id(name)
         super().__init__(pack=False, apply_length_check=False)
         self.runs = runs
-        self._transform, self._augmentation = transform, augmentation
+        self._transform, self.augmentation = transform, augmentation
         self._seed, self._decode = seed, decode
         self._num_classes = tuple(num_classes)
         self._multi_label = tuple(multi_label)
@@ -170,9 +171,9 @@ class PromptImageConverter(seqio.FeatureConverter):
         if not self._decode:
             return dict(zip(FILES, (example[IMAGE][0], what), strict=True))
         pixels = image_transforms.decode(example[IMAGE][0], what)
-        if self._augmentation is not None and PASS_NUMBERS in example:
+        if self.augmentation is not None and PASS_NUMBERS in example:
             number = example_id(example[EXAMPLE_NAMES][0])
-            image = self._augmentation(pixels, self._seed, example[PASS_NUMBERS][0], number)
+            image = self.augmentation(pixels, self._seed, example[PASS_NUMBERS][0], number)
         else:
             image = self._transform(pixels)
         size = self._transform.size

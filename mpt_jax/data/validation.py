@@ -101,6 +101,13 @@ def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: b
                 f"{type(sampler).__name__}.batch_size is {sampler.batch_size}. Bind both "
                 "to the same macro, such as BATCH_SIZE."
             )
+    augmentation = getattr(converter, "augmentation", None)
+    if endless and augmentation is not None and not isinstance(provider, TaskMixture):
+        raise ValueError(
+            f"{provider.name!r} is not a TaskMixture, so its images have no pass numbers and would "
+            "not be augmented. Set MIXTURE_OR_TASK_NAME = @sampling.task_mixture(), as "
+            "gin/runs/train.gin does, or AUGMENTATION = None."
+        )
     runs = getattr(converter, "runs", None)
     if endless and cfg.pack and runs is not None and runs.num_groups > 1:
         raise ValueError(

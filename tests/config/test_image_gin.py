@@ -72,7 +72,7 @@ def test_augmentation_and_image_mode_reach_the_converter(tokenizer):
     model = value("MODEL")
     assert model.augmentation == Augmentation(224)
     converter = model.FEATURE_CONVERTER_CLS(pack=False)
-    assert converter._augmentation == Augmentation(224) and converter._seed == 5
+    assert converter.augmentation == Augmentation(224) and converter._seed == 5
     parse([VPT], full(tokenizer, IMAGE_MODE="squash"))
     assert value("MODEL").image_transform == ImageTransform(224, "squash")
 

@@ -9,9 +9,11 @@ import itertools
 
 import numpy as np
 import pytest
+import seqio
 import tensorflow as tf
 from PIL import Image
 
+from mpt_jax.data import datasets
 from mpt_jax.data.image_transforms import Augmentation
 from mpt_jax.data.sampling import EqualQuotas, PerExample, StochasticTasks, TaskMixture
 from tests.fixtures import image_jobs, picture_files
@@ -116,6 +118,16 @@ def test_batches_equal_rederivation_from_seed_pass_and_name():
         expected = augmented(image, one_pass, identity)
         np.testing.assert_array_equal(pixels, expected)
     assert min(seen.values()) > 2 * COUNT
+
+
+@pytest.mark.parametrize("as_mixture", [False, True])
+def test_augmentation_without_pass_numbers_fails(as_mixture):
+    provider = seqio.Mixture("ims_plain", ["job_pets"], 1.0) if as_mixture else "job_pets"
+    cfg = datasets.DatasetConfig(provider, {}, "train", 4, shuffle=True, seed=0)
+    make = image_jobs.converter(["job_pets"], SIZE, augmented=True)
+    with pytest.raises(ValueError, match=r"is not a TaskMixture.*MIXTURE_OR_TASK_NAME = @sampling"):
+        datasets.train_iterator(cfg, make)
+    datasets.train_iterator(cfg, image_jobs.converter(["job_pets"], SIZE))
 
 
 def test_labels_stay_with_their_images():
