@@ -32,7 +32,9 @@ SPLIT_NAMES = {
 }
 ORDER = ("train", "validation", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+OTHER_SUFFIXES = (".webp", ".tif", ".tiff", ".ppm", ".heic", ".avif")  # of images of other formats
 STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")  # of files that can be decoded
+NOT_AN_IMAGE = "not a JPEG, PNG, GIF or BMP file"
 BETWEEN = "|"  # of several labels in a cell
 
 
@@ -69,10 +71,14 @@ class FolderImages(FileImages):
     Without `with_splits`, classes are the folders `root/<class>` and the only split is train. With
     it, they are `root/<split>/<class>`, with the splits train, validation (or val) and test.
 
+    Images of other formats (`OTHER_SUFFIXES`) cannot be used. Other files, such as .txt or .json,
+    and folders below a class are ignored.
+
     Args:
         root: The folder.
         with_splits: Whether there is one folder per split above the classes.
-        classes: The names of the folders in label order; None for those that exist, sorted.
+        classes: The names of the folders in label order; None for those that exist, sorted, which
+            must be the same in all splits.
         skip_broken: The number of files that may be unusable and are left out.
     """
 
@@ -92,12 +98,19 @@ class FolderImages(FileImages):
 
         Raises:
             FileNotFoundError: the folder does not exist.
-            ValueError: a split is missing, classes differ between splits, a class has no image, or
-                files cannot be used.
+            ValueError: folders are not splits, two are the same split, classes differ between
+                splits and `classes` is None, a class has no image, or files cannot be used.
         """
         splits = self._split_folders()
         classes = {split: _subfolders(folder) for split, folder in splits.items()}
         present = sorted({name for found in classes.values() for name in found})
+        for split, found in classes.items():
+            if self.classes is None and (absent := [x for x in present if x not in found]):
+                raise ValueError(
+                    f"{self.root}: the {split} split lacks {len(absent):,} of {len(present):,} "
+                    f"classes of the other splits: {', '.join(absent[:SHOWN])}. Rename or add the "
+                    "folders, or pass the names of all classes as classes=."
+                )
         names = present if self.classes is None else self.classes
         if unknown := [name for name in present if name not in names]:
             raise ValueError(
@@ -135,14 +148,28 @@ class FolderImages(FileImages):
             )
         if not self.with_splits:
             return {WHOLE: self.root}
-        named = {SPLIT_NAMES.get(x.casefold(), ""): self.root / x for x in _subfolders(self.root)}
-        splits = {split: named[split] for split in ORDER if split in named}
-        if not splits:
+        named: dict[str, list[str]] = {}
+        for name in _subfolders(self.root):
+            named.setdefault(SPLIT_NAMES.get(name.casefold(), ""), []).append(name)
+        others = named.pop("", [])
+        if not named:
             raise ValueError(
                 f"{self.root} has no folder train, validation or test. Pass with_splits=False if "
                 "its folders are classes."
             )
-        return splits
+        if others:
+            raise ValueError(
+                f"{self.root}: {len(others):,} of its folders are not splits: "
+                f"{', '.join(others[:SHOWN])}. Rename them to train, validation or test, or move "
+                "them elsewhere."
+            )
+        for split, names in named.items():
+            if len(names) > 1:
+                raise ValueError(
+                    f"{self.root}: the folders {' and '.join(names)} are both the {split} split. "
+                    "Merge them, or move one elsewhere."
+                )
+        return {split: self.root / named[split][0] for split in ORDER if split in named}
 
 
 class TableImages(FileImages):
@@ -250,6 +277,9 @@ def check_files(root: epath.Path, names: Sequence[str], bad: BadRows) -> list[bo
         if posixpath.isabs(name) or ".." in name.split("/") or "\0" in name or not file:
             reasons.append("path leaves the folder of the images")
             continue
+        if file.lower().endswith(OTHER_SUFFIXES):
+            reasons.append(NOT_AN_IMAGE)
+            continue
         if folder not in folders:
             place = root / folder
             folders[folder] = {x.name for x in place.iterdir()} if place.is_dir() else set()
@@ -275,7 +305,7 @@ def _problem(root: epath.Path, name: str) -> str | None:
         return f"cannot be read: {error.strerror}"
     if not start:
         return "empty file"
-    return None if start.startswith(STARTS) else "not a JPEG, PNG, GIF or BMP file"
+    return None if start.startswith(STARTS) else NOT_AN_IMAGE
 
 
 def _table_rows(table: epath.Path) -> list[tuple[int, Any]]:
@@ -307,4 +337,5 @@ def _subfolders(folder: epath.Path) -> list[str]:
 
 def _files(folder: epath.Path) -> list[str]:
     names = (x.name for x in folder.iterdir())
-    return sorted(x for x in names if x.lower().endswith(SUFFIXES) and not x.startswith("."))
+    suffixes = SUFFIXES + OTHER_SUFFIXES
+    return sorted(x for x in names if x.lower().endswith(suffixes) and not x.startswith("."))

@@ -100,7 +100,7 @@ def register(
             first one selects the best step. None for accuracy, or map_11point if `multi_label`.
         multi_label: Whether an image may have any number of classes; None for what the source says.
         shares: The shares of train, validation and test, by a stable hash within each class of the
-            only split of the source; None for the splits of the source.
+            source, whose only split is train; None for the splits of the source.
         drawn_as: The name of the task whose few-shot selections this task uses; None for `name`.
 
     Raises:
@@ -120,7 +120,7 @@ def register(
                 f"multi_label={source.multi_label}. Pass multi_label to the source only."
             )
         if shares is not None:
-            source = DividedImages(source, pooled("train", shares=shares), name)
+            source = _DividedSplit(source, pooled("train", shares=shares), name)
     elif shares is not None or class_names is None or isinstance(class_names, Mapping):
         raise ValueError(
             f"The source of task {name!r} is a {type(source).__name__}, which cannot be divided "
@@ -150,6 +150,24 @@ def register(
     if drawn_as is not None:
         few_shot.draw_as(task, drawn_as)
     seqio.TaskRegistry.add_provider(name, task)
+
+
+class _DividedSplit(DividedImages):
+    """Division of the only split of a source, which may read its data to know its splits."""
+
+    def rows(self, split: str) -> list[tuple[str, int]]:
+        """Returns what `DividedImages.rows` does.
+
+        Raises:
+            ValueError: a split would be empty, or the source has other splits than train.
+        """
+        if (splits := tuple(self.source.splits)) != ("train",):
+            raise ValueError(
+                f"Task {self.name!r} has shares=, but {self.source} has the splits "
+                f"{', '.join(splits)}. Omit shares=, or register images.DividedImages(source, "
+                f"images.pooled({', '.join(map(repr, splits))}, shares=...), {self.name!r})."
+            )
+        return super().rows(split)
 
 
 def names_of(source: ImageSource, class_names: ClassNames) -> list[str]:

@@ -364,6 +364,51 @@ def test_class_without_an_image_fails(folder, tmp_path):
         images.FolderImages(folder / "cat").index("train")
 
 
+def test_folders_that_are_not_one_split_each_fail(folder, tmp_path):
+    def fails(message):
+        with pytest.raises(ValueError, match=message):
+            images.FolderImages(root, with_splits=True).index("train")
+
+    root = tmp_path / "splits"
+    for split in ("train", "val"):
+        shutil.copytree(folder, root / split)
+    (root / "validation").mkdir()
+    fails("the folders val and validation are both the validation split. Merge them")
+    (root / "validation").rename(root / "unlabeled")
+    fails("1 of its folders are not splits: unlabeled. Rename them")
+    (root / "unlabeled").rmdir()
+    (root / "val" / "cat").rename(root / "val" / "Cat")
+    fails("the train split lacks 1 of 4 classes of the other splits: Cat. Rename or add")
+    shutil.rmtree(root / "val" / "Cat")
+    fails("the validation split lacks 1 of 3 classes of the other splits: cat. Rename or add")
+    given = images.FolderImages(root, with_splits=True, classes=CLASSES)
+    assert given.num_rows("validation") == 16
+
+
+@pytest.mark.parametrize("suffix", ["webp", "tif", "TIFF", "ppm", "heic", "avif"])
+def test_images_of_other_formats_are_not_skipped_silently(folder, suffix):
+    (folder / "cat" / f"a.{suffix}").write_bytes((folder / "cat" / "00.png").read_bytes())
+    (folder / "cat" / "notes.txt").write_text("x")
+    (folder / "cat" / "00.json").write_text("{}")
+    message = rf"1 of 21 rows cannot be used: cat/a.{suffix} \(not a JPEG, PNG, GIF or BMP file\)"
+    with pytest.raises(ValueError, match=message):
+        images.FolderImages(folder).index("train")
+    assert images.FolderImages(folder, skip_broken=1).num_rows("train") == 20
+
+
+def test_shares_of_a_source_with_splits_fail_at_first_use(folder, tmp_path):
+    for split in ("train", "test"):
+        shutil.copytree(folder, tmp_path / "two" / split)
+    source = images.FolderImages(tmp_path / "two", with_splits=True)
+    images.register("shared", source, shares=(0.5, 0.2, 0.3))
+    with pytest.raises(ValueError, match="'shared' has shares=.* the splits train, test. Omit"):
+        rows("shared", "test")
+    shutil.rmtree(tmp_path / "two" / "train")
+    images.register("one_shared", images.FolderImages(tmp_path / "two", True), shares=(0.5, 0, 0.5))
+    with pytest.raises(ValueError, match="has the splits test. Omit"):
+        rows("one_shared")
+
+
 def _arrays(images_=None, labels=None, **changes):
     good = (np.zeros((2, 2, 2, 3), np.uint8), np.array([0, 1]))
     pair = (good[0] if images_ is None else images_, good[1] if labels is None else labels)
