@@ -204,6 +204,19 @@ def test_target_starts_from_the_shared_prompt_of_a_source_stage(clip, tmp_path):
     assert started["artifact_sha256"]
 
 
+def test_failed_run_does_not_end_the_evaluation_of_others(clip, coop, tmp_path):
+    given = bindings(clip, tmp_path, PAIR, **{**COOP, "EVAL_PERIOD": 2})
+    given += [
+        "CONTEXT_INIT = {'job_pets': @init.Normal(), 'job_shapes': @infinite/init.Normal()}",
+        "infinite/init.Normal.standard_deviation = 1e400",
+    ]
+    scores = run_job(["coop_target"], given)
+    assert scores["job_shapes"] == {"accuracy": 0.0, "accuracy_undefined": 1.0}
+    assert scores["job_pets"] == coop[1]["job_pets"]
+    status = json.loads((tmp_path / "coop_target" / "fleet.json").read_text())
+    assert "failed" in json.dumps(status)
+
+
 # --- Evaluation and inference --------------------------------------------------------------------
 
 

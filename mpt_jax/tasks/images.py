@@ -210,7 +210,8 @@ def names_of(source: ImageSource, class_names: ClassNames) -> list[str]:
 def metric(chosen: str | Callable[..., Any], classes: ClassVocabulary) -> Callable[..., Any]:
     """Returns the SeqIO metric of a name of `METRICS`, or a given one, for a task with these
     classes. Models return as many scores as the task with the most classes has; a metric `(targets,
-    scores)` gets only those of the task's own classes.
+    scores)` gets only those of the task's own classes. With a NaN among them, which is what a run
+    that has failed returns, it is undefined and counts as 0, so that other runs can be scored.
 
     Raises:
         ValueError: the name is unknown.
@@ -223,7 +224,11 @@ def metric(chosen: str | Callable[..., Any], classes: ClassVocabulary) -> Callab
 
     @functools.wraps(fn)
     def of_own_classes(targets: Sequence[Any], scores: Any) -> dict[str, Any]:
-        return fn(targets, np.asarray(scores)[:, : len(classes.names)])
+        own = np.asarray(scores)[:, : len(classes.names)]
+        if (bad := np.isnan(own).any(axis=1)).any():
+            why = f"a score of {bad.sum():,} of {len(own):,} examples is NaN"
+            return text_metrics.marked({text_metrics.value_names(of_own_classes)[0]: 0.0}, why)
+        return fn(targets, own)
 
     if isinstance(chosen, str):
         of_own_classes.value_names = (chosen,)  # type: ignore[attr-defined]

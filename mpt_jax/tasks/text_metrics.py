@@ -61,7 +61,7 @@ def value_names(metric: Callable[..., Any]) -> tuple[str, ...]:
     return getattr(metric, "value_names", (getattr(metric, "__name__", str(metric)),))
 
 
-def _marked(scores: Mapping[str, float], why: str | None, what: str = "") -> dict[str, float]:
+def marked(scores: Mapping[str, float], why: str | None, what: str = "") -> dict[str, float]:
     """Adds an `<name>_undefined` for each score, and logs a warning if scores are undefined.
 
     Args:
@@ -184,7 +184,7 @@ def f1_of_labels(
         true, said, labels=list(scored), average="macro", zero_division=0
     )
     why = f"no target and no prediction is {names}" if absent else None
-    return _marked({"f1": 100 * float(mean)}, why)
+    return marked({"f1": 100 * float(mean)}, why)
 
 
 def matthews(labels: Sequence[str]) -> Metric:
@@ -203,7 +203,7 @@ def matthews(labels: Sequence[str]) -> Metric:
         true, predicted = label_numbers(targets, predictions, labels)
         why = _constant(true, predicted, shown)
         value = 0.0 if why else float(sklearn_metrics.matthews_corrcoef(true, predicted))
-        return _marked({"matthews": 100 * value}, why)
+        return marked({"matthews": 100 * value}, why)
 
     return matthews_correlation
 
@@ -231,7 +231,7 @@ def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
         "spearman": 0.0 if why else 100 * float(stats.spearmanr(true, predicted).statistic),
     }
     invalid = 100 * float(np.mean([match is None for match in matches]))
-    return {**_marked(scores, why, "correlation"), "invalid": invalid}
+    return {**marked(scores, why, "correlation"), "invalid": invalid}
 
 
 def _gold_number(target: str) -> float:

@@ -531,3 +531,18 @@ def test_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     ]
     sizes = [seqio.TaskRegistry.get("birds").source.num_rows(s) for s in ("train", "validation")]
     assert sizes == [20, 8] and len(ids("birds_published")) == 10
+
+
+def test_scores_of_a_failed_run_count_as_zero(folder, caplog):
+    """Its NaN scores must not end the evaluation of the other runs of a fleet."""
+    images.register("imt_failed", images.FolderImages(folder), metric_fns=["accuracy", "map"])
+    failed = np.full((4, 9), np.nan, np.float32)
+    with caplog.at_level("WARNING", logger="absl"):
+        fns = seqio.TaskRegistry.get("imt_failed").score_metric_fns
+        found = [fn([0, 1, 0, 1], failed) for fn in fns]
+    assert found == [
+        {"accuracy": 0.0, "accuracy_undefined": 1.0},
+        {"map": 0.0, "map_undefined": 1.0},
+    ]
+    message = "accuracy of imt_failed is undefined, because a score of 4 of 4 examples is NaN. It"
+    assert message in caplog.text
