@@ -184,17 +184,24 @@ def _link(folder: epath.Path, target: str) -> None:
     `attn_implementation`, and links to its weights.
 
     If transformers loaded the original folder, it would download and import the code that
-    `attn_implementation` in config.json names, and load another model if the folder has an
-    adapter_config.json.
+    `attn_implementation` in config.json names, for the model or for a tower of it, and load another
+    model if the folder has an adapter_config.json.
     """
     os.mkdir(target)
-    fields = read_json(folder / CONFIG)
-    kept = {name: x for name, x in fields.items() if not name.endswith("attn_implementation")}
     with open(os.path.join(target, CONFIG), "w", encoding="utf-8") as file:
-        json.dump(kept, file)
+        json.dump(_without_code(read_json(folder / CONFIG)), file)
     for path in folder.iterdir():
         if path.name.endswith((".safetensors", ".bin", ".index.json")):
             os.symlink(os.path.abspath(path), os.path.join(target, path.name))
+
+
+def _without_code(value: Any) -> Any:
+    """Returns a JSON value without the fields, at any depth, that set the code of attention:
+    `attn_implementation`, `_attn_implementation` and `_attn_implementation_internal`."""
+    if isinstance(value, dict):
+        kept = {name: x for name, x in value.items() if "attn_implementation" not in name}
+        return {name: _without_code(x) for name, x in kept.items()}
+    return [_without_code(x) for x in value] if isinstance(value, list) else value
 
 
 def _outputs(torch: Any, model: Any, shape: T5Config) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """`mpt-jax convert` and `mpt-jax verify-weights` for CLIP folders."""
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -79,6 +81,19 @@ def test_verify_weights_of_clip_passes_and_detects_change(folder, tmp_path, caps
 
     monkeypatch.setattr(verify, "load_clip", read_wrongly)
     assert exit_code(folder) == 1
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("part", ["text_config", "vision_config", "vision_config_dict"])
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation_internal"])
+def test_verify_weights_of_clip_whose_tower_names_code_is_compared(part, name, folder, capsys):
+    """transformers would download and import the code."""
+    pytest.importorskip("transformers")
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    fields[part] = {**fields[part.removesuffix("_dict")], name: "someone/kernel"}
+    path.write_text(json.dumps(fields))
+    assert exit_code(folder) == 0, capsys.readouterr()
 
 
 @pytest.mark.parity

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config, parameter_shapes
 from mpt_jax.convert import load_hf, save_hf, save_t5x, verify
 from mpt_jax.core.tree import unflatten
 from tests.fixtures.hf_checkpoints import hf_folder
+
+# The field, and the attributes that transformers would set from a file.
+KERNELS = {
+    name: "someone/kernel"
+    for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+}
 
 
 def random_folder(path: Path, scale: float, **fields: object) -> Path:
@@ -102,13 +109,25 @@ def test_verify_weights_other_decoder_start_token_exits_with_2(tmp_path, capsys)
     assert "decoder_start_token_id=5" in capsys.readouterr().err
 
 
+def test_folder_for_transformers_names_no_code_at_any_depth(tmp_path):
+    nested = {**KERNELS, "num_layers": 2, "others": [1, [{**KERNELS, "eps": None}]]}
+    config = {**KERNELS, "text_config": nested, "vision_config_dict": {"deeper": nested}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    verify._link(epath.Path(tmp_path), str(tmp_path / "linked"))
+    plain = {"num_layers": 2, "others": [1, [{"eps": None}]]}
+    found = json.loads((tmp_path / "linked" / "config.json").read_text())
+    assert found == {"text_config": plain, "vision_config_dict": {"deeper": plain}}
+    assert (tmp_path / "linked" / "model.safetensors").is_symlink()
+
+
 @pytest.mark.parity
 def test_verify_weights_folder_that_names_code_or_another_model_is_compared(tmp_path, capsys):
     """transformers would import the code, and load the adapter's model instead of the folder's."""
     pytest.importorskip("transformers")
     folder = hf_folder(tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
+    config |= KERNELS | {"task_specific_params": {"summarization": KERNELS, "others": [[KERNELS]]}}
     (folder / "config.json").write_text(json.dumps(config))
     assert exit_code(folder) == 0, capsys.readouterr()
     adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "other")}
