@@ -57,13 +57,14 @@ def transform(
     """Returns the pixels that a backbone reads, uint8 [S,S,3].
 
     Args:
-        image: an RGB image. One of S x S pixels is returned unchanged.
+        image: an RGB image. One of S x S pixels is returned unchanged, unless `resize_to` is
+            larger.
         size: S.
         mode: `'crop'` resizes the shorter edge to `resize_to` and crops the center; `'squash'`
             resizes both edges to S.
         resize_to: the length of the shorter edge before the crop; None for S.
     """
-    if image.size == (size, size):
+    if image.size == (size, size) and resize_to in (None, size):
         return np.asarray(image)
     width = height = size
     if mode != "squash":

@@ -88,9 +88,10 @@ class ImageTransform:
 
     def __call__(self, image: tf.Tensor) -> tf.Tensor:
         """Transforms uint8 [h, w, 3] to uint8 [S, S, 3]. An image of S x S is returned unchanged,
-        also if `resize_to` is larger."""
+        unless `resize_to` is larger."""
         shape = tf.shape(image)
         is_done = tf.reduce_all(tf.equal(shape[:2], self.size))
+        is_done &= self.resize_to in (None, self.size)
         result = tf.cond(is_done, lambda: image, lambda: self._resized(image, shape[0], shape[1]))
         result.set_shape([self.size, self.size, 3])
         return result
