@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mpt_jax.backbones.clip import CLIP, clip_config, parameter_shapes
-from mpt_jax.backbones.clip.config import CLIP_MEAN
+from mpt_jax.backbones.clip.config import CLIP_MEAN, architecture
 from mpt_jax.convert import clip_names
 from mpt_jax.convert.clip import (
     OPEN_CLIP_WEIGHTS,
@@ -25,7 +25,7 @@ from mpt_jax.convert.clip import (
     save_open_clip,
 )
 from mpt_jax.core.tree import flatten, unflatten
-from tests.fixtures.clip_models import VIT, features, random_images, random_params, tiny
+from tests.fixtures.clip_models import TEXT, VIT, features, random_images, random_params, tiny
 from tests.fixtures.hf_checkpoints import GOLDEN, write_folder
 
 ACTIVATIONS = ("quick_gelu", "gelu")
@@ -154,6 +154,39 @@ def test_save_clip_round_trip_is_exact(golden, tmp_path):
     check_equal(load_clip(tmp_path / "again"), params)
     with pytest.raises(FileExistsError, match="again"):
         save_clip(tmp_path / "again", params, config)
+
+
+@pytest.mark.parametrize("save", [save_clip, save_open_clip])
+@pytest.mark.parametrize("end", [None, 30])
+def test_saved_folder_keeps_the_id_of_the_end_of_a_text(save, end, tmp_path):
+    """It is in the files, but in neither comparisons nor digests."""
+    config = tiny(eos_id=end)
+    assert config == tiny() and architecture(config) == architecture(tiny())
+    save(tmp_path / "saved", random_params(config), config)
+    assert read_clip_config(tmp_path / "saved").eos_id == end
+    if save is save_clip:
+        fields = json.loads((tmp_path / "saved" / "config.json").read_text())["text_config"]
+        assert fields["eos_token_id"] == (2 if end is None else end)
+    else:
+        fields = json.loads((tmp_path / "saved" / "open_clip_config.json").read_text())
+        pooling = {"pool_type", "eos_id"} & set(fields["model_cfg"]["text_cfg"])
+        assert pooling == (set() if end is None else {"pool_type", "eos_id"})
+
+
+def test_read_clip_config_without_eos_token_id_has_that_of_transformers(folder, tmp_path):
+    edit(folder / "config.json", lambda fields: fields["text_config"].pop("eos_token_id"))
+    assert read_clip_config(folder).eos_id == 49407
+    # The largest id of a vocabulary needs no field in open_clip.
+    config = tiny(eos_id=TEXT.vocab_size - 1)
+    save_open_clip(tmp_path / "open", random_params(config), config)
+    assert read_clip_config(tmp_path / "open").eos_id is None
+    edit(
+        tmp_path / "open" / "open_clip_config.json",
+        lambda fields: fields["model_cfg"]["text_cfg"].update(pool_type="eos"),
+    )
+    config = read_clip_config(tmp_path / "open")  # open_clip's default is 2
+    with pytest.raises(ValueError, match="texts end at the id 2, but transformers takes .* Keep"):
+        save_clip(tmp_path / "hf2", random_params(config), config)
 
 
 @pytest.mark.parametrize("save", [save_clip, save_open_clip])
@@ -468,7 +501,6 @@ def test_hugging_face_model_both_directions_match_outputs(seed, sizes, activatio
     back = transformers.CLIPModel.from_pretrained(
         tmp_path / "ours", attn_implementation="eager"
     ).eval()
-    back.text_model.eos_token_id = eos
     check_outputs({k: x.numpy() for k, x in make.outputs(back, inputs).items()}, expected)
     weights = load_file(tmp_path / "theirs" / WEIGHTS)
     for name, x in load_file(tmp_path / "ours" / WEIGHTS).items():

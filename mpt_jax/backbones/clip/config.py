@@ -118,6 +118,9 @@ class CLIPConfig:
         input_norm: whether the image tower has a layer norm before the first layer (CLIP).
         image_mean, image_std: the mean and standard deviation of each channel, for values in
             [0, 1], with which images are normalized.
+        eos_id: the id that transformers and open_clip search for to find the end of a text; None if
+            it is the largest id of the text. Only read and written, since the network is given the
+            positions. Not compared.
         dtype: the dtype of activations, `float32` or `bfloat16`, given as a dtype or its name.
             Softmax, layer-norm statistics and the returned features are always float32.
         remat: what the backward pass recomputes: `none`, `minimal` (everything except products with
@@ -138,6 +141,7 @@ class CLIPConfig:
     input_norm: bool = True
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
+    eos_id: int | None = dataclasses.field(default=None, compare=False)
     dtype: Any = "float32"
     remat: str = "none"
     scan_layers: bool = False
@@ -208,7 +212,7 @@ def architecture(config: CLIPConfig) -> dict[str, Any]:
     The fields of a tower that the model lacks are not included.
     """
     values = dataclasses.asdict(config)
-    for name in ("dtype", "remat", "scan_layers"):
+    for name in ("eos_id", "dtype", "remat", "scan_layers"):
         del values[name]
     flat: dict[str, Any] = {}
     for name, value in values.items():

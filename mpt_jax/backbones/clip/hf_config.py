@@ -1,7 +1,7 @@
 """Schema of the `config.json` and `preprocessor_config.json` of a Hugging Face CLIP or ViT.
 
-Fields that change neither features nor the normalization of images are ignored. Among them is
-`eos_token_id`: the end of a text is data, not part of the model.
+Fields that change neither features nor the normalization of images are ignored. `eos_token_id` is
+kept for transformers only: the end of a text is data, not part of the model.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ ACTIVATIONS = {
 }
 _ADVICE = "Use a folder that CLIPModel.save_pretrained or ViTModel.save_pretrained wrote."
 _BICUBIC = 3  # Pillow's number
+_LARGEST_ID = 2  # an eos_token_id with which transformers finds the end of a text by its largest id
 _ONE_TOWER = {"clip_vision_model": "image", "clip_text_model": "text"}
 # Including those that are an error, so that the error is about a CLIP.
 MODEL_TYPES = (CLIP_TYPE, VIT_TYPE, *_ONE_TOWER)
@@ -64,6 +65,7 @@ class _Text(msgspec.Struct, kw_only=True):
     max_position_embeddings: Size = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: Epsilon = 1e-5
+    eos_token_id: Annotated[int, msgspec.Meta(ge=0, le=MOST)] | None = 49407
 
 
 class _Image(msgspec.Struct, kw_only=True):
@@ -176,6 +178,7 @@ def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any
         "joint_dim": clip.projection_dim,
         "activation": activation(text.hidden_act, what),
         "layer_norm_epsilon": text.layer_norm_eps,
+        "eos_id": None if text.eos_token_id == _LARGEST_ID else text.eos_token_id,
     }
 
 
@@ -254,9 +257,17 @@ def fields_of(config: CLIPConfig) -> dict[str, Any]:
 
     Args:
         config: the configuration of a CLIP with two towers.
+
+    Raises:
+        ValueError: transformers could not find the end of a text.
     """
     image, text = config.image, config.text
     assert text is not None, "the writer checks that there are two towers"
+    if config.eos_id == _LARGEST_ID:
+        raise ValueError(
+            f"The model's texts end at the id {_LARGEST_ID}, but transformers takes this "
+            "eos_token_id for the largest id of a text. Keep the model in open_clip's format."
+        )
     names = {ours: hf_name for hf_name, ours in reversed(ACTIVATIONS.items())}
     shared = {
         "hidden_act": names[config.activation],
@@ -272,9 +283,7 @@ def fields_of(config: CLIPConfig) -> dict[str, Any]:
             **_tower_fields(text),
             "vocab_size": text.vocab_size,
             "max_position_embeddings": text.context_length,
-            # As in the published files. transformers then finds the end of a text by its largest
-            # token id.
-            "eos_token_id": 2,
+            "eos_token_id": _LARGEST_ID if config.eos_id is None else config.eos_id,
             **shared,
         },
         "vision_config": {

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from etils import epath
 
-from mpt_jax.backbones.clip.config import CLIPConfig, ImageTowerConfig, TextTowerConfig
+from mpt_jax.backbones.clip.config import MOST, CLIPConfig, ImageTowerConfig, TextTowerConfig
 from mpt_jax.backbones.clip.hf_config import Channels, Deviations, Epsilon, Layers, Size
 from mpt_jax.core import schema
 from mpt_jax.runtime.files import read_json
@@ -66,14 +66,14 @@ class _Text(_Tower, kw_only=True, forbid_unknown_fields=True):
     heads: Size
     no_causal_mask: Literal[False] = False
     embed_cls: Literal[False] = False
-    # Both are the end of the text, whose position we are given.
+    # The end of the text, whose position we are given: its largest id, or `eos_id`.
     pool_type: Literal["argmax", "eos"] = "argmax"
+    eos_id: Annotated[int, msgspec.Meta(ge=0, le=MOST)] | None = 2
     proj_type: Literal["linear"] = "linear"
     proj_bias: Literal[False] = False
     final_ln_after_pool: bool = False
     # Of the tokenizer.
     pad_id: int = 0
-    eos_id: int | None = None
     hf_tokenizer_name: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
 
@@ -146,6 +146,7 @@ def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any
         # Without quick_gelu, open_clip uses torch's GELU.
         "activation": "quick_gelu" if model.quick_gelu else activation,
         "layer_norm_epsilon": epsilon,
+        "eos_id": text.eos_id if text.pool_type == "eos" else None,
         **{name: tuple(value) for name, value in preprocess.items() if value is not None},
     }
 
@@ -169,6 +170,11 @@ def fields_of(config: CLIPConfig) -> dict[str, Any]:
         shared["norm_kwargs"] = {"eps": config.layer_norm_epsilon}
     if config.activation == "gelu_tanh":
         shared["act_kwargs"] = {"approximate": "tanh"}
+    pooling: dict[str, Any] = {}
+    # The last id of the vocabulary is the largest of a text, and early versions of open_clip search
+    # for that only.
+    if config.eos_id not in (None, text.vocab_size - 1):
+        pooling = {"pool_type": "eos", "eos_id": config.eos_id}
     return {
         "model_cfg": {
             "embed_dim": config.joint_dim,
@@ -189,6 +195,7 @@ def fields_of(config: CLIPConfig) -> dict[str, Any]:
                 "width": text.emb_dim,
                 "heads": text.num_heads,
                 "mlp_ratio": text.mlp_dim / text.emb_dim,
+                **pooling,
                 **shared,
             },
         },
