@@ -20,12 +20,12 @@ from etils import epath
 
 from mpt_jax.backbones.clip import (
     CLIPConfig,
-    clip_config,
     hf_config,
     open_clip_config,
     parameter_shapes,
 )
 from mpt_jax.backbones.clip.config import architecture
+from mpt_jax.backbones.clip.published import read_config
 from mpt_jax.convert import clip_names as names
 from mpt_jax.convert.hf_weights import (
     MAX_SHARD_BYTES,
@@ -48,14 +48,12 @@ def read_clip_config(path: str | os.PathLike[str]) -> CLIPConfig:
         FileNotFoundError: the folder has neither a `config.json` nor an `open_clip_config.json`.
         ValueError: the file does not describe a supported model.
     """
-    folder = epath.Path(path)
-    configs = (hf_config.CONFIG, open_clip_config.CONFIG)
-    if not any((folder / name).exists() for name in configs):
+    if (config := read_config(path)) is None:
         raise FileNotFoundError(
-            f"{folder} has no {configs[0]} and no {configs[1]}. Use a Hugging Face folder or an "
-            "open_clip folder, which has one of these files and weights."
+            f"{os.fspath(path)} has no {hf_config.CONFIG} and no {open_clip_config.CONFIG}. Use a "
+            "Hugging Face folder or an open_clip folder, which has one of these files and weights."
         )
-    return clip_config(checkpoint=folder)
+    return config
 
 
 def load_clip(path: str | os.PathLike[str], config: CLIPConfig | None = None) -> dict[str, Any]:

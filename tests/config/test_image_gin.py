@@ -75,6 +75,8 @@ def test_augmentation_and_image_mode_reach_the_converter(tokenizer):
     assert converter.augmentation == Augmentation(224) and converter._seed == 5
     parse([VPT], full(tokenizer, IMAGE_MODE="squash"))
     assert value("MODEL").image_transform == ImageTransform(224, "squash")
+    parse([VPT], [*full(tokenizer), "image_transforms.ImageTransform.resize_to = 256"])
+    assert value("MODEL").image_transform == ImageTransform(224, resize_to=256)
 
 
 @pytest.mark.parametrize("entry", ["eval", "infer"])

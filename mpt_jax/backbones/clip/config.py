@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -17,6 +17,20 @@ CHANNELS = 3
 # The number of values in a product of three sizes fits in int64, as does that of the scores.
 MOST = 2**20
 MOST_LAYERS = 1024
+
+
+class Resizing(NamedTuple):
+    """How the publisher of a model resizes images, in the terms of `ImageTransform`.
+
+    Attributes:
+        mode: `crop` or `squash`.
+        resize_to: the length of the shorter edge before the crop; None for the image size.
+        filter: `bicubic` or `bilinear`.
+    """
+
+    mode: str = "crop"
+    resize_to: int | None = None
+    filter: str = "bicubic"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +135,8 @@ class CLIPConfig:
         eos_id: the id that transformers and open_clip search for to find the end of a text; None if
             it is the largest id of the text. Only read and written, since the network is given the
             positions. Not compared.
+        resizing: the publisher's. Only read and written, since jobs have their own transform. Not
+            compared.
         dtype: the dtype of activations, `float32` or `bfloat16`, given as a dtype or its name.
             Softmax, layer-norm statistics and the returned features are always float32.
         remat: what the backward pass recomputes: `none`, `minimal` (everything except products with
@@ -142,6 +158,7 @@ class CLIPConfig:
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
     eos_id: int | None = dataclasses.field(default=None, compare=False)
+    resizing: Resizing = dataclasses.field(default=Resizing(), compare=False)
     dtype: Any = "float32"
     remat: str = "none"
     scan_layers: bool = False
@@ -212,7 +229,7 @@ def architecture(config: CLIPConfig) -> dict[str, Any]:
     The fields of a tower that the model lacks are not included.
     """
     values = dataclasses.asdict(config)
-    for name in ("eos_id", "dtype", "remat", "scan_layers"):
+    for name in ("eos_id", "resizing", "dtype", "remat", "scan_layers"):
         del values[name]
     flat: dict[str, Any] = {}
     for name, value in values.items():

@@ -1,7 +1,7 @@
 """Schema of the `config.json` and `preprocessor_config.json` of a Hugging Face CLIP or ViT.
 
-Fields that change neither features nor the normalization of images are ignored. `eos_token_id` is
-kept for transformers only: the end of a text is data, not part of the model.
+Fields that change neither features nor the pixels of images are ignored. `eos_token_id` is kept for
+transformers only: the end of a text is data, not part of the model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mpt_jax.backbones.clip.config import (
     MOST_LAYERS,
     CLIPConfig,
     ImageTowerConfig,
+    Resizing,
     TextTowerConfig,
     TowerConfig,
 )
@@ -35,7 +36,8 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _ADVICE = "Use a folder that CLIPModel.save_pretrained or ViTModel.save_pretrained wrote."
-_BICUBIC = 3  # Pillow's number
+_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_BICUBIC = 3
 _LARGEST_ID = 2  # an eos_token_id with which transformers finds the end of a text by its largest id
 _ONE_TOWER = {"clip_vision_model": "image", "clip_text_model": "text"}
 # Including those that are an error, so that the error is about a CLIP.
@@ -102,22 +104,29 @@ class _Clip(msgspec.Struct, kw_only=True):
     vision_config_dict: _Image | None = None
 
 
-class _Shape(msgspec.Struct, kw_only=True):
+class _Shape(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     height: Size | None = None
     width: Size | None = None
+    shortest_edge: Size | None = None
 
 
 class _Preprocessor(msgspec.Struct, kw_only=True):
     """The fields of `preprocessor_config.json` that change the values of images or their size."""
 
-    crop_size: Size | _Shape | None = None
+    do_resize: Literal[True] = True
     size: Size | _Shape | None = None
+    resample: Literal[3] = _BICUBIC
     do_center_crop: bool | None = None
+    crop_size: Size | _Shape | None = None
     do_normalize: bool = True
     do_rescale: Literal[True] = True
     rescale_factor: Annotated[float, msgspec.Meta(ge=0.0039, le=0.00393)] = 1 / 255
     image_mean: Channels | None = None
     image_std: Deviations | None = None
+
+
+class _VitPreprocessor(_Preprocessor, kw_only=True):
+    resample: Literal[2, 3] = 2  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any]:
@@ -207,30 +216,52 @@ def _image_tower(image: _Image) -> ImageTowerConfig:
     )
 
 
-def normalization(fields: Mapping[str, Any], image_size: int, what: str) -> dict[str, Any]:
+def preprocessing(
+    fields: Mapping[str, Any], image_size: int, what: str, *, is_vit: bool
+) -> dict[str, Any]:
     """Returns the arguments of `CLIPConfig` that a `preprocessor_config.json` describes.
 
     Args:
         fields: the content of the file.
         image_size: the image size in the `config.json` beside it.
         what: its name in errors.
+        is_vit: whether the model is a plain ViT, whose file has other defaults.
 
     Raises:
         ValueError: a field is not valid or not supported, or the images have another size than the
             model's.
     """
-    read = schema.check(fields, _Preprocessor, what, _ADVICE)
-    size = read.size if read.do_center_crop is False or read.crop_size is None else read.crop_size
-    sides = (size.height, size.width) if isinstance(size, _Shape) else (size, size)
+    read = schema.check(fields, _VitPreprocessor if is_vit else _Preprocessor, what, _ADVICE)
+    size = image_size if read.size is None else read.size
+    if isinstance(size, int):
+        size = _Shape(height=size, width=size) if is_vit else _Shape(shortest_edge=size)
+    cropped = size if read.do_center_crop is False or read.crop_size is None else read.crop_size
+    sides = (cropped.height, cropped.width) if isinstance(cropped, _Shape) else (cropped, cropped)
     if any(side not in (None, image_size) for side in sides):
         raise ValueError(
             f"{what} makes images of {sides[0]} x {sides[1]} pixels, but the model has positions "
             f"for {image_size} x {image_size}. Use the files of one model."
         )
+    found: dict[str, Any] = {"resizing": _resizing(size, image_size, _FILTERS[read.resample], what)}
     if not read.do_normalize:
-        return {"image_mean": (0.0,) * CHANNELS, "image_std": (1.0,) * CHANNELS}
+        return {**found, "image_mean": (0.0,) * CHANNELS, "image_std": (1.0,) * CHANNELS}
     values = {"image_mean": read.image_mean, "image_std": read.image_std}
-    return {name: tuple(value) for name, value in values.items() if value is not None}
+    return found | {name: tuple(value) for name, value in values.items() if value is not None}
+
+
+def _resizing(size: _Shape, image_size: int, filter_name: str, what: str) -> Resizing:
+    """Returns how images become `size`, from which the image is cropped."""
+    edge = size.shortest_edge
+    if edge is None and (size.height, size.width) == (image_size, image_size):
+        return Resizing("squash", None, filter_name)
+    if edge is None or edge < image_size:
+        shown = f"{size.height} x {size.width}" if edge is None else f"a shorter edge of {edge}"
+        raise ValueError(
+            f"{what} resizes images to {shown} pixels before the crop of {image_size} x "
+            f"{image_size}, which is not supported. Use a model whose images are resized to "
+            f"{image_size} x {image_size}, or to a shorter edge of at least {image_size}."
+        )
+    return Resizing("crop", None if edge == image_size else edge, filter_name)
 
 
 def read_architecture(folder: epath.Path) -> dict[str, Any]:
@@ -241,14 +272,16 @@ def read_architecture(folder: epath.Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no `config.json`.
-        ValueError: a file is not JSON, or as in `architecture` and `normalization`.
+        ValueError: a file is not JSON, or as in `architecture` and `preprocessing`.
     """
     path = folder / CONFIG
     found = architecture(read_json(path), str(path))
     preprocessor = folder / PREPROCESSOR
     if preprocessor.exists():
         size = found["image"].image_size
-        found |= normalization(read_json(preprocessor), size, str(preprocessor))
+        found |= preprocessing(
+            read_json(preprocessor), size, str(preprocessor), is_vit=found["text"] is None
+        )
     return found
 
 
@@ -307,15 +340,17 @@ def _tower_fields(tower: TowerConfig) -> dict[str, int]:
 
 def preprocessor_fields_of(config: CLIPConfig) -> dict[str, Any]:
     """Returns the content of a `preprocessor_config.json`, for transformers' CLIPImageProcessor."""
-    size = config.image.image_size
+    size, resizing = config.image.image_size, config.resizing
+    square = {"height": size, "width": size}
+    edge = {"shortest_edge": resizing.resize_to or size}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": size},
+        "size": square if resizing.mode == "squash" else edge,
         "resample": _BICUBIC,
         "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -12,7 +12,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from etils import epath
 
-from mpt_jax.backbones.clip.config import MOST, CLIPConfig, ImageTowerConfig, TextTowerConfig
+from mpt_jax.backbones.clip.config import (
+    MOST,
+    CLIPConfig,
+    ImageTowerConfig,
+    Resizing,
+    TextTowerConfig,
+)
 from mpt_jax.backbones.clip.hf_config import Channels, Deviations, Epsilon, Layers, Size
 from mpt_jax.core import schema
 from mpt_jax.runtime.files import read_json
@@ -90,12 +96,17 @@ class _Model(_Strict):
     cast_dtype: str | None = None
 
 
-class _Preprocess(msgspec.Struct, kw_only=True, frozen=True):
+class _Preprocess(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    size: Size | Annotated[list[Size], msgspec.Meta(min_length=2, max_length=2)] | None = None
+    mode: Literal["RGB"] = "RGB"
     mean: Channels | None = None
     std: Deviations | None = None
+    interpolation: Literal["bicubic"] = "bicubic"
+    resize_mode: Literal["shortest", "squash"] = "shortest"
+    fill_color: int = 0  # of a resize_mode that pads
 
 
-class _File(msgspec.Struct, kw_only=True):
+class _File(_Strict):
     model_cfg: _Model
     preprocess_cfg: _Preprocess = _Preprocess()
 
@@ -121,10 +132,13 @@ def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any
             f"towers must have the same. {_ADVICE}"
         )
     activation, epsilon = shared["image"]
-    preprocess = {
-        "image_mean": file.preprocess_cfg.mean,
-        "image_std": file.preprocess_cfg.std,
-    }
+    preprocess = file.preprocess_cfg
+    if preprocess.size not in (None, image.image_size, [image.image_size] * 2):
+        raise ValueError(
+            f"{what} has images of size {preprocess.size}, but the model has positions for "
+            f"{image.image_size} x {image.image_size}. Use the files of one model."
+        )
+    pixels = {"image_mean": preprocess.mean, "image_std": preprocess.std}
     return {
         "image": ImageTowerConfig(
             num_layers=image.layers,
@@ -147,7 +161,8 @@ def architecture(fields: Mapping[str, Any], what: str = CONFIG) -> dict[str, Any
         "activation": "quick_gelu" if model.quick_gelu else activation,
         "layer_norm_epsilon": epsilon,
         "eos_id": text.eos_id if text.pool_type == "eos" else None,
-        **{name: tuple(value) for name, value in preprocess.items() if value is not None},
+        "resizing": Resizing("squash" if preprocess.resize_mode == "squash" else "crop"),
+        **{name: tuple(value) for name, value in pixels.items() if value is not None},
     }
 
 
@@ -162,9 +177,18 @@ def fields_of(config: CLIPConfig) -> dict[str, Any]:
 
     Args:
         config: the configuration of a CLIP with two towers.
+
+    Raises:
+        ValueError: the images of the model are resized in a way that open_clip does not support.
     """
     image, text = config.image, config.text
     assert text is not None, "the writer checks that there are two towers"
+    if config.resizing.resize_to is not None:
+        raise ValueError(
+            f"The model's images are resized to a shorter edge of {config.resizing.resize_to} "
+            f"pixels before the crop of {image.image_size} x {image.image_size}, which a file of "
+            "open_clip cannot describe. Keep the model in Hugging Face's format."
+        )
     shared: dict[str, Any] = {}
     if config.layer_norm_epsilon != _NormArguments().eps:
         shared["norm_kwargs"] = {"eps": config.layer_norm_epsilon}
@@ -199,7 +223,12 @@ def fields_of(config: CLIPConfig) -> dict[str, Any]:
                 **shared,
             },
         },
-        "preprocess_cfg": {"mean": list(config.image_mean), "std": list(config.image_std)},
+        "preprocess_cfg": {
+            "mean": list(config.image_mean),
+            "std": list(config.image_std),
+            "interpolation": config.resizing.filter,
+            "resize_mode": "squash" if config.resizing.mode == "squash" else "shortest",
+        },
     }
 
 
