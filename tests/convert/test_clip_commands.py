@@ -1,14 +1,17 @@
 """`mpt-jax convert` and `mpt-jax verify-weights` for CLIP folders."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mpt_jax.batching import clip_tokenizer
 from mpt_jax.convert import verify
 from mpt_jax.convert.clip import OPEN_CLIP_WEIGHTS, load_clip, read_clip_config
 from mpt_jax.core.tree import flatten
+from tests.fixtures import clip_files
 from tests.fixtures.hf_checkpoints import GOLDEN, convert, hf_folder, refused, write_folder
 
 
@@ -38,6 +41,39 @@ def test_convert_clip_to_open_clip_and_back_is_identical(folder, tmp_path, capsy
     for name, x in expected.items():
         np.testing.assert_array_equal(found[name], x, err_msg=name)
     assert read_clip_config(tmp_path / "back") == read_clip_config(folder)
+
+
+def test_converted_clip_has_the_tokenizer_of_its_source(folder, tmp_path, capsys):
+    clip_files.write(folder)
+    (folder / "tokenizer.json").write_bytes(b'{"version": "1.0"}')
+    (folder / "notes.txt").touch()
+    expected = clip_tokenizer.load(str(folder))
+    convert(folder, tmp_path / "open", "--to", "open-clip")
+    found = clip_tokenizer.load(str(tmp_path / "open"))
+    assert found.identity == expected.identity
+    assert (tmp_path / "open" / "tokenizer.json").read_bytes() == b'{"version": "1.0"}'
+    assert not (tmp_path / "open" / "notes.txt").exists()
+    # A download cache has links to files.
+    (folder / "merges.txt").rename(tmp_path / "blob")
+    (folder / "merges.txt").symlink_to(tmp_path / "blob")
+    convert(folder, tmp_path / "again", "--to", "hf", "--no-logits")
+    assert clip_tokenizer.load(str(tmp_path / "again")).identity == expected.identity
+    assert not (tmp_path / "again" / "merges.txt").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "large"])
+def test_convert_clip_with_a_tokenizer_that_is_no_small_file_error(kind, folder, tmp_path, capsys):
+    path = folder / "merges.txt"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.touch()
+        os.truncate(path, 2**28 + 1)  # takes no space on the disk
+    said = refused(capsys, folder, tmp_path / "out", "--no-logits")
+    assert "merges.txt is not a regular file of at most 268,435,456 bytes" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_convert_clip_to_bfloat16_rounds(folder, tmp_path, capsys):
