@@ -1,10 +1,14 @@
 """Reader and writer of CLIP in Hugging Face and open_clip folders; reader of Hugging Face's ViT.
 
 OpenAI's files are TorchScript archives. To read one, save its state dict as safetensors, under
-open_clip's file name, beside a configuration file of open_clip:
+open_clip's file name:
 
     model = torch.jit.load("ViT-B-16.pt", map_location="cpu")
     safetensors.torch.save_file(model.state_dict(), "open_clip_model.safetensors")
+
+and write an `open_clip_config.json` beside it, {"model_cfg": ..., "preprocess_cfg": ...} with
+"quick_gelu": true (docs/checkpoints.md has that of ViT-B/16). The files in open_clip's folder
+`model_configs` hold only the value of "model_cfg", and its ViT-B-16.json lacks "quick_gelu".
 """
 
 from __future__ import annotations

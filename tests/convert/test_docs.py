@@ -1,4 +1,4 @@
-"""The commands of docs/checkpoints.md work, in the order of the page."""
+"""The commands and the configuration in docs/checkpoints.md work."""
 
 import importlib.util
 import re
@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 
 from mpt_jax.artifacts import artifacts
+from mpt_jax.backbones.clip import clip_config
 from mpt_jax.convert import __main__ as command
 from mpt_jax.convert import verify
+from mpt_jax.convert.clip import read_clip_config
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_documented_open_clip_config_is_the_published_model(tmp_path):
+    page = (ROOT / "docs" / "checkpoints.md").read_text()
+    [block] = re.findall(r"^ {6}\{\n(?: {6}.*\n)+? {6}\}\n", page, re.MULTILINE)
+    (tmp_path / "open_clip_config.json").write_text(block)
+    assert read_clip_config(tmp_path) == clip_config("clip_vit_b16")
+    assert read_clip_config(tmp_path) != clip_config("clip_vit_b32")
+    (tmp_path / "open_clip_config.json").write_text(block.replace('"quick_gelu": true,', ""))
+    assert read_clip_config(tmp_path).activation == "gelu"
 
 
 @pytest.mark.slow
