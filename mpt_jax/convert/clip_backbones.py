@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from mpt_jax.convert import backbones, clip_parity, detect, parity
+from mpt_jax.convert import backbones, clip_fingerprint, clip_parity, detect, parity
 from mpt_jax.convert.clip import load_clip, read_clip_config, write_clip, write_open_clip
 from mpt_jax.core import schema
 from mpt_jax.runtime.files import is_local, new_folder
@@ -40,7 +40,8 @@ def convert(
         target: the folder to create.
         to: `'hf'` or `'open-clip'`.
         dtype: the dtype to write, `'float32'` or `'bfloat16'`; None keeps the dtype of each leaf.
-        outputs: whether to also compare the features of source and target on a fixed batch.
+        outputs: whether to also compare the features of source and target on a fixed batch, and to
+            write the fingerprint of the target's.
         say: called with the line to show to the user, the result of the comparison.
 
     Returns:
@@ -70,6 +71,7 @@ def convert(
         if outputs:
             after = clip_parity.forward(config, restored)
             difference = max(parity.largest_difference(x, after[k]) for k, x in before.items())
+            clip_fingerprint.write(folder, config, restored)
             line += f"; features of a fixed batch differ by at most {difference:.3g}"
     say(line)
     return target

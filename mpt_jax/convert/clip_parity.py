@@ -35,11 +35,18 @@ def fixed_batch(config: CLIPConfig) -> dict[str, np.ndarray]:
     return batch
 
 
-def forward(config: CLIPConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Runs our network on the fixed batch, in float32 regardless of the parameters' dtype.
+def forward(
+    config: CLIPConfig, params: Mapping[str, Any], batch: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Runs our network on a batch, in float32 regardless of the parameters' dtype.
+
+    Args:
+        config: the configuration.
+        params: the unscanned tree.
+        batch: in the form of `fixed_batch`, which is the default; images may be bytes.
 
     Returns:
-        `image` [3,U] or, without a projection, [3,H]; with a text tower also `text` [3,U].
+        `image` [B,U] or, without a projection, [B,H]; with a text tower also `text` [B,U].
     """
     model = CLIP(config)
 
@@ -50,7 +57,7 @@ def forward(config: CLIPConfig, params: Mapping[str, Any]) -> dict[str, np.ndarr
         return model.apply(variables, images, tokens, eot)
 
     with jax.default_matmul_precision("highest"):
-        image, text = run(params, **fixed_batch(config))
+        image, text = run(params, **(fixed_batch(config) if batch is None else batch))
     outputs = {"image": image, "text": text}
     return {name: np.asarray(x) for name, x in outputs.items() if x is not None}
 

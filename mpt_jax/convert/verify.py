@@ -7,6 +7,9 @@ Both networks run in float32 on a fixed batch; transformers' also runs in float6
 float32 weights. The float64 outputs are the reference. The exit code is 0 if our error is at most 4
 times that of transformers in float32 (plus float32's rounding error), 1 if it is larger, and 2 if
 the comparison cannot be made.
+
+A CLIP that `mpt-jax convert` wrote is also compared with the fingerprint of its features. The exit
+code is 1 if they differ.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from etils import epath
 
 from mpt_jax.backbones.t5 import T5Config
 from mpt_jax.backbones.t5.hf_config import CONFIG
-from mpt_jax.convert import backbones, clip_parity, detect, parity, save_hf
+from mpt_jax.convert import backbones, clip_fingerprint, clip_parity, detect, parity, save_hf
 from mpt_jax.convert.clip import load_clip, read_clip_config, save_clip
 from mpt_jax.runtime.exits import exit_with
 from mpt_jax.runtime.files import is_local, read_json
@@ -79,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
-        differences = compare(epath.Path(args.folder), args.config)
+        folder = epath.Path(args.folder)
+        differences = compare(folder, args.config)
+        problem = _other_fingerprint(folder)
     except (ValueError, OSError) as error:
         exit_with(parser.prog, error)
     for name, difference in differences.items():
@@ -93,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{'PASS' if passed else 'FAIL'}: ours may be at most {TOLERANCE:g} times as far from "
         "float64 as transformers' float32"
     )
-    sys.exit(0 if passed else 1)
+    if problem is not None:
+        print(f"FAIL: {problem}")
+    sys.exit(0 if passed and problem is None else 1)
 
 
 def compare(folder: epath.Path, config: str | None) -> dict[str, Difference]:
@@ -126,6 +133,21 @@ def compare(folder: epath.Path, config: str | None) -> dict[str, Difference]:
         )
         for name, ours in outputs.items()
     }
+
+
+def _other_fingerprint(folder: epath.Path) -> str | None:
+    """Returns what is wrong if a CLIP's features differ from the fingerprint in its folder."""
+    if not (folder / clip_fingerprint.FILE).exists() or not detect.is_clip(folder):
+        return None
+    difference = clip_fingerprint.difference(folder, read_clip_config(folder), load_clip(folder))
+    if difference <= clip_fingerprint.TOLERANCE:
+        return None
+    return (
+        f"the features of a fixed batch differ by {difference:.2g} from those in "
+        f"{folder / clip_fingerprint.FILE}, and the limit is {clip_fingerprint.TOLERANCE:g}. "
+        "Probably the activation or the normalization of images was changed: compare hidden_act or "
+        "quick_gelu, and the mean and standard deviation, with those of the source."
+    )
 
 
 def _of_t5(torch: Any, transformers: Any, folder: epath.Path, config: str | None) -> list[Outputs]:

@@ -1,17 +1,19 @@
 """`mpt-jax convert` and `mpt-jax verify-weights` for CLIP folders."""
 
 import json
+import math
 import os
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file
 
 from mpt_jax.batching import clip_tokenizer
-from mpt_jax.convert import verify
+from mpt_jax.convert import clip_fingerprint, verify
 from mpt_jax.convert.clip import OPEN_CLIP_WEIGHTS, load_clip, read_clip_config
 from mpt_jax.core.tree import flatten
-from tests.fixtures import clip_files
+from tests.fixtures import clip_files, clip_models
 from tests.fixtures.hf_checkpoints import GOLDEN, convert, hf_folder, refused, write_folder
 
 
@@ -96,6 +98,97 @@ def test_convert_clip_unsupported_option_or_target_error(folder, tmp_path, capsy
     assert not target.exists()
     target.mkdir()
     assert "already exists" in refused(capsys, folder, target)
+
+
+def differs(folder) -> float:
+    return clip_fingerprint.difference(
+        epath.Path(folder), read_clip_config(folder), load_clip(folder)
+    )
+
+
+def edit(path, *keys: str, value: object) -> str:
+    """Sets a value of a JSON file; returns the earlier content."""
+    before = path.read_text()
+    fields = json.loads(before)
+    place = fields
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(fields))
+    return before
+
+
+def test_fingerprint_is_that_of_the_features(folder):
+    """Re-derived with the functions of the network."""
+    config, params = read_clip_config(folder), load_clip(folder)
+    images = (np.arange(2 * 16 * 16 * 3) * 7919 % 251).reshape(2, 16, 16, 3).astype(np.uint8)
+    tokens = (np.arange(24) * 7919 % 40).reshape(2, 12)
+    outputs = clip_models.features(config, params, images, tokens, [6, 11])
+    image, text = outputs["image_features"], outputs["text_features"]
+    norms = [math.sqrt(sum(float(v) ** 2 for v in x)) for x in (*image, *text)]
+    cosines = [
+        float(np.dot(image[i], text[j])) / norms[i] / norms[2 + j] for i in (0, 1) for j in (0, 1)
+    ]
+    found = clip_fingerprint.fingerprint(config, params)
+    np.testing.assert_allclose(found, [*cosines, *norms], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16")])
+def test_converted_clip_has_a_fingerprint_that_shows_other_settings(options, folder, tmp_path):
+    target = tmp_path / "open"
+    convert(folder, target, "--to", "open-clip", *options)
+    assert differs(target) < 1e-6
+    config = target / "open_clip_config.json"
+    for keys, value in [
+        (("model_cfg", "quick_gelu"), False),
+        (("preprocess_cfg", "mean"), [0.5, 0.5, 0.5]),
+        (("preprocess_cfg", "std"), [0.27, 0.26, 0.276]),
+    ]:
+        before = edit(config, *keys, value=value)
+        assert differs(target) > 3 * clip_fingerprint.TOLERANCE, keys
+        config.write_text(before)
+    edit(target / clip_fingerprint.FILE, "numbers", value=[float("nan")] * 8)
+    assert not differs(target) <= clip_fingerprint.TOLERANCE
+    convert(folder, tmp_path / "none", "--no-logits")
+    assert not (tmp_path / "none" / clip_fingerprint.FILE).exists()
+
+
+def test_fingerprint_of_vit_has_six_numbers():
+    config = clip_models.tiny(**clip_models.VIT)
+    found = clip_fingerprint.fingerprint(config, clip_models.random_params(config))
+    np.testing.assert_allclose(found[[0, 3]], 1, rtol=1e-6)
+    assert found.shape == (6,) and found[1] == pytest.approx(found[2])
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"numbers": [1, 2]}', "has 2 numbers, not 8. Convert the model again"),
+        ("{}", "lacks numbers. Convert"),
+        ('{"numbers": [1, 2, "3"]}', r'numbers\[2\] = "3", but a number'),
+        ("[1]", "an object was expected"),
+        ('{"numbers": [' + "1, " * 2000 + "1]}", "bytes, and the limit is 4,096"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_damaged_fingerprint_error(content, problem, folder):
+    (folder / clip_fingerprint.FILE).write_text(content)
+    with pytest.raises(ValueError, match=problem):
+        differs(folder)
+
+
+@pytest.mark.parity
+def test_verify_weights_compares_the_fingerprint(folder, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    target = tmp_path / "again"
+    convert(folder, target, "--to", "hf")
+    assert exit_code(target) == 0
+    edit(target / "preprocessor_config.json", "image_std", value=[0.5, 0.5, 0.5])
+    capsys.readouterr()
+    assert exit_code(target) == 1
+    *_, passed, failed = capsys.readouterr().out.splitlines()
+    assert passed.startswith("PASS: ours")  # both programs read the same configuration
+    assert "Probably the activation or the normalization of images was changed" in failed
 
 
 @pytest.mark.parity
