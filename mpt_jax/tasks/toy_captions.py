@@ -90,7 +90,8 @@ ARTICLES = ("a", "the", "one")
 CONTEXT = 16  # text positions of the tiny CLIP, start and end included
 SYNONYM_RATE = 0.3
 DROP_RATE = 0.2  # of captions that leave out attributes
-WRONG_RATE = 0.05  # of captions with a wrong attribute
+# Of captions whose image gets a wrong attribute. Only 3.5% are wrong, since some do not name it.
+WRONG_RATE = 0.05
 
 
 def plural(word: str) -> str:
@@ -115,8 +116,8 @@ WORDS = _vocabulary()
 def captions(scenes: world.Scenes, rng: random.Random) -> list[str]:
     """Returns a random caption of each image, which fits the text tower.
 
-    Captions leave out attributes, use synonyms, and are wrong at the rates above. They never name a
-    held-out pair.
+    Captions leave out attributes, use synonyms, and describe a wrong attribute at the rates above.
+    They never name a held-out pair.
     """
     columns = {
         "shape": scenes.shapes.tolist(),
