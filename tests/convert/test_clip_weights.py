@@ -438,6 +438,12 @@ def test_load_clip_wrong_config_error(folder, part, field, value, problem):
         load_clip(folder)
 
 
+def test_load_clip_quantized_error(folder):
+    edit(folder / "config.json", lambda x: x.update(quantization_config={"quant_method": "mxfp4"}))
+    with pytest.raises(ValueError, match="quantization_config"):
+        load_clip(folder)
+
+
 def test_load_clip_unsupported_activation_error(folder):
     def change(fields):
         for part in ("text_config", "vision_config"):

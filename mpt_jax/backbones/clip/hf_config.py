@@ -91,6 +91,7 @@ class _Vit(_Image, kw_only=True):
     hidden_act: str = "gelu"
     layer_norm_eps: Epsilon = 1e-12
     qkv_bias: Literal[True] = True
+    quantization_config: None = None
 
 
 class _Clip(msgspec.Struct, kw_only=True):
@@ -102,6 +103,7 @@ class _Clip(msgspec.Struct, kw_only=True):
     text_config_dict: _Text | None = None
     vision_config: _Image | None = None
     vision_config_dict: _Image | None = None
+    quantization_config: None = None
 
 
 class _Shape(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
