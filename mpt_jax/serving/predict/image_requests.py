@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,8 @@ def _content(fields: Mapping[str, Any]) -> bytes:
     """Returns the encoded image of a request.
 
     Raises:
-        ValueError: the request has no image or two, the file cannot be read or is too large, or the
-            text is not base64.
+        ValueError: the request has no image or two, the file is not regular, cannot be read or is
+            too large, or the text is not base64.
     """
     if ("image" in fields) == ("image_base64" in fields):
         raise ValueError(
@@ -107,8 +108,7 @@ def _content(fields: Mapping[str, Any]) -> bytes:
     else:
         path = Path(text_of(fields, "image"))
         try:
-            size = path.stat().st_size
-            content = path.read_bytes() if size <= MOST_BYTES else b""
+            size, content = _read(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(
@@ -119,3 +119,22 @@ def _content(fields: Mapping[str, Any]) -> bytes:
             f"The image has {size:,} bytes, and the limit is {MOST_BYTES:,}. Save a smaller file."
         )
     return content
+
+
+def _read(path: Path) -> tuple[int, bytes]:
+    """Returns the size of a file and its content; of a file that is too large, at most
+    `MOST_BYTES` + 1 bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the path is invalid, or not of a regular file.
+    """
+    status = path.stat()
+    # A device can be endless, and a FIFO can block.
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    if status.st_size > MOST_BYTES:
+        return status.st_size, b""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)  # the size may be out of date, or 0 as in /proc
+    return len(content), content

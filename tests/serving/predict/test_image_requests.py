@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,7 +70,7 @@ def test_read_applies_the_transform(settings, box):
         ({"task": "pets"}, "A request needs either image, the path of a file, or image_base64"),
         ({"task": "pets", "image": "x", "image_base64": TEXT}, "A request needs either image"),
         ({"task": "pets", "image": "/none/x.png"}, "image /none/x.png cannot be read: No such"),
-        ({"task": "pets", "image": "/"}, "image / cannot be read: Is a directory"),
+        ({"task": "pets", "image": "/"}, "image / cannot be read: it is not a regular file."),
         ({"task": "pets", "image": "a\0b"}, "cannot be read: .*null"),
         ({"task": "pets", "image": "x" * 10**5}, "cannot be read: File name too long"),
         ({"task": "pets", "image": "\ud800"}, "cannot be read: "),
@@ -105,6 +107,26 @@ def test_read_oversized_file_fails_before_it_is_read(tmp_path):
     found = read({"task": "pets", "image": str(path)})
     assert isinstance(found, Failure)
     assert found.error.startswith("The image has 1,099,511,627,776 bytes, and the limit is 33,554,")
+
+
+@pytest.mark.parametrize("kind", ["device", "fifo"])
+def test_read_file_that_is_not_regular_fails_without_opening_it(kind, tmp_path, monkeypatch):
+    """It would fill the memory, or wait for a writer."""
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("open", "read_bytes"):
+        monkeypatch.setattr(Path, name, lambda path, *_: pytest.fail(f"{path} was opened"))
+    path = {"device": "/dev/zero", "fifo": str(tmp_path / "fifo")}[kind]
+    found = read({"task": "pets", "image": path})
+    assert isinstance(found, Failure)
+    assert found.error == f"image {path} cannot be read: it is not a regular file."
+
+
+def test_read_file_of_unknown_size_is_bounded(tmp_path, monkeypatch):
+    """A file of /proc has the size 0, and a file can grow after its size was read."""
+    monkeypatch.setattr(image_requests, "MOST_BYTES", 10)
+    found = read({"task": "pets", "image": "/proc/self/status"})
+    assert isinstance(found, Failure)
+    assert found.error.startswith("The image has 11 bytes, and the limit is 10.")
 
 
 def test_read_oversized_content_and_pixels_fail(monkeypatch):
