@@ -38,6 +38,7 @@ from mpt_jax.prompts.base import (
     params_of_parts,
 )
 from mpt_jax.prompts.materialize import materialize, plain_prompts, plain_weights
+from mpt_jax.prompts.sites import SitePrompts
 from mpt_jax.runtime.files import replace_folder
 from mpt_jax.runtime.tensors import load_safetensors
 
@@ -84,6 +85,10 @@ class ImageTransform(msgspec.Struct):
     mode: Literal["crop", "squash"]
     resize_to: schema.Positive | None = None
 
+    def __post_init__(self) -> None:
+        if self.resize_to is not None and self.resize_to < self.size:
+            raise ValueError("resize_to is less than size")
+
 
 class Config(msgspec.Struct):
     """The schema of config.json: only the fields that readers use."""
@@ -103,7 +108,7 @@ class Config(msgspec.Struct):
     step: schema.Count = 0
     metrics: Metrics = msgspec.field(default_factory=Metrics)
     data: dict[str, dict[str, Any]] | None = None
-    images: ImageInputs | None = None
+    images: ImageInputs | msgspec.UnsetType = msgspec.UNSET  # null is invalid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +321,11 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     )
     _check_digest(path, prompts, checked.prompts_sha256)
     method = method_from_config(checked.method, checked.method_config, f"{path / CONFIG}")
+    if checked.images is not msgspec.UNSET and not isinstance(method, SitePrompts):
+        raise ValueError(
+            f"{path / CONFIG} has the field images, but the prompts of its method "
+            f"{checked.method!r} are for texts. {COPY_AGAIN}"
+        )
     runs = Runs(checked.task_names, checked.run_names, checked.groups)
     _check_params(path, method, runs, leaves)
     check_floats(leaves, f"{path / TENSORS}", COPY_AGAIN)

@@ -11,6 +11,16 @@ from mpt_jax.core import schema
 from mpt_jax.core.runs import Runs
 from tests.fixtures import saved_artifacts
 
+IMAGES = {
+    "transform": {"size": 224, "mode": "crop", "resize_to": None},
+    "context_position": "end",
+    "tasks": {"rte": {"names": ["cat", "dog"], "templates": ["a {}."], "multi_label": False}},
+}
+
+
+def with_transform(**settings):
+    return {**IMAGES, "transform": {**IMAGES["transform"], **settings}}
+
 
 @pytest.mark.parametrize(
     ("change", "problem"),
@@ -34,6 +44,13 @@ from tests.fixtures import saved_artifacts
         ({"method_config": {"rank": 2}}, "lacks settings of the method 'mpt': prompt_length"),
         ({"embedding_sha256": None}, "embedding_sha256 = null, but a string"),
         ({"metrics": {"scores": {"rte_s1": {"accuracy": "x"}}}}, "but a number was expected"),
+        ({"images": None}, "has images = null, but an object was expected"),
+        ({"images": IMAGES}, "has the field images, but the prompts of its method 'mpt' are for"),
+        ({"images": with_transform(size=2**31)}, "images.transform.size = 2147483648, but"),
+        (
+            {"images": with_transform(resize_to=223)},
+            r"images.transform = .*, which is invalid \(resize_to is less than size\)",
+        ),
         ({"format": [1]}, r"has artifact format \[1\], but this version"),
     ],
 )
