@@ -29,14 +29,16 @@ from mpt_jax.core.tree import flatten
 from mpt_jax.models.class_texts import ClassTexts, TaskClasses, class_texts
 from mpt_jax.models.dual_encoder import PromptedDualEncoder
 from mpt_jax.prompts.base import params_of_parts
-from mpt_jax.prompts.materialize import plain_prompts
+from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.prompts.sites import TEXT, SitePrompts
+from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
 from mpt_jax.serving.predict.image_requests import ImageReader, ImageRequest
 from mpt_jax.serving.predict.requests import Failure
 from mpt_jax.serving.prompt_bank import Named, row_names, taken
 
 Answer = dict[str, Any]
+# A job of 1,000 classes and 80 templates has 80,000. The features of this many take 2 GiB.
+MOST_TEXTS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +112,9 @@ class ImageServer:
 
         Raises:
             FileNotFoundError: an artifact or the backbone does not exist.
-            ValueError: the artifacts disagree, or were trained with another backbone or tokenizer;
-                two rows have the same name; or `batch_size` is not positive.
+            ValueError: the artifacts disagree, were trained with another backbone or tokenizer, or
+                do not fit the backbone; they have more than `MOST_TEXTS` class texts; two rows have
+                the same name; or `batch_size` is not positive.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}. Set --batch-size to at least 1.")
@@ -133,6 +136,8 @@ class ImageServer:
         names = _names(found, sources)
         method, prompt = _plain(found)
         inputs = _inputs(found)
+        _check_shapes(found, method, prompt, inputs, config)
+        _check_number(method, inputs)
         model = PromptedDualEncoder(
             CLIP(config),
             method,
@@ -261,7 +266,7 @@ def _plain(found: Sequence[Artifact]) -> tuple[SitePrompts, dict[str, Any]]:
         shape = f"{' and '.join(sizes)} in {method.image_layers} layers"
         shapes.setdefault(f"{shape}, {method.text_classes} classes", []).append(artifact.path)
         for name, (part, values) in parts.items():
-            tables.setdefault(name, []).append(np.stack(plain_prompts(part, values, artifact.runs)))
+            tables.setdefault(name, []).append(np.asarray(materialize(part, values, artifact.runs)))
     if len(shapes) > 1:
         values = "; ".join(f"{shape} in {abbreviate(paths)}" for shape, paths in shapes.items())
         raise ValueError(
@@ -287,17 +292,9 @@ def _inputs(found: Sequence[Artifact]) -> Inputs:
     tasks: list[TaskClasses] = []
     known: dict[str, tuple[TaskClasses, str]] = {}
     for artifact in found:
-        recorded = artifact.config["images"]
+        classes = _classes(artifact)
         for name in artifact.runs.task_names:
-            if name not in recorded["tasks"]:
-                raise ValueError(
-                    f"{artifact.path} records no classes of its task {name!r}. "
-                    f"{artifacts.COPY_AGAIN}"
-                )
-            entry = recorded["tasks"][name]
-            task = TaskClasses(
-                name, tuple(entry["names"]), tuple(entry["templates"]), entry["multi_label"]
-            )
+            task = classes[name]
             first, path = known.setdefault(name, (task, artifact.path))
             if first != task:
                 raise ValueError(
@@ -308,6 +305,21 @@ def _inputs(found: Sequence[Artifact]) -> Inputs:
     position = _agreed(found, "context position", lambda images: images["context_position"])
     transform = _agreed(found, "image transform", lambda images: images["transform"])
     return Inputs(transform, position, tuple(tasks))
+
+
+def _classes(artifact: Artifact) -> dict[str, TaskClasses]:
+    """Returns the classes of each task of an artifact's runs, by its name. Raises ValueError if it
+    does not record those of a task."""
+    recorded = artifact.config["images"]["tasks"]
+    classes = {}
+    for name in dict.fromkeys(artifact.runs.task_names):
+        if (entry := recorded.get(name)) is None:
+            raise ValueError(
+                f"{artifact.path} records no classes of its task {name!r}. {artifacts.COPY_AGAIN}"
+            )
+        names, templates = tuple(entry["names"]), tuple(entry["templates"])
+        classes[name] = TaskClasses(name, names, templates, entry["multi_label"])
+    return classes
 
 
 def _agreed(found: Sequence[Artifact], what: str, value_of: Callable[[dict[str, Any]], Any]) -> Any:
@@ -327,6 +339,44 @@ def _agreed(found: Sequence[Artifact], what: str, value_of: Callable[[dict[str, 
             "only artifacts that agree."
         )
     return value_of(found[0].config["images"])
+
+
+def _check_shapes(
+    found: Sequence[Artifact],
+    method: SitePrompts,
+    prompt: dict[str, Any],
+    inputs: Inputs,
+    config: CLIPConfig,
+) -> None:
+    """Raises ValueError if the images or the prompts do not have the sizes of the backbone."""
+    assert config.text is not None
+    image = config.image
+    compared = [("images of {} pixels", inputs.transform["size"], image.image_size)]
+    for site, tower in ((TEXT, config.text), (IMAGE, image)):
+        if site in prompt:
+            width = prompt[site]["table"].shape[-1]
+            compared.append((f"{site} of width {{}}", width, tower.emb_dim))
+    if IMAGE in prompt and method.image_layers != 1:
+        compared.append((f"{IMAGE} in {{}} layers", method.image_layers, image.num_layers))
+    for what, size, expected in compared:
+        if size != expected:
+            raise ValueError(
+                f"The artifacts {abbreviate([x.path for x in found])} have {what.format(size)}, "
+                f"but the backbone has {what.format(expected)}. {artifacts.COPY_AGAIN}"
+            )
+
+
+def _check_number(method: SitePrompts, inputs: Inputs) -> None:
+    """Raises ValueError if there are too many class texts, or pairs of a row and a class."""
+    number = sum(len(task.names) for task in inputs.tasks)
+    if TEXT not in method.parts:
+        distinct = {task.task: len(task.names) * len(task.templates) for task in inputs.tasks}
+        number = max(number, sum(distinct.values()))
+    if number > MOST_TEXTS:
+        raise ValueError(
+            f"The artifacts have {number:,} class texts, and the limit is {MOST_TEXTS:,}. Serve "
+            "fewer artifacts together, or ones with fewer classes or templates."
+        )
 
 
 def _texts(

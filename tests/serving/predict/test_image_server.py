@@ -21,6 +21,7 @@ from mpt_jax.data import image_formats
 from mpt_jax.data.image_transforms import ImageTransform
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.sites import SitePrompts
+from mpt_jax.serving.predict import image_server
 from mpt_jax.serving.predict.image_server import ImageServer
 from mpt_jax.serving.predict.requests import Failure
 from tests.fixtures import clip_files, image_jobs, image_serving, saved_artifacts
@@ -259,6 +260,81 @@ def test_load_artifact_without_classes_of_a_task_fails(clip, tmp_path):
     lacking = save(tmp_path / "b", clip, images=images)
     with pytest.raises(ValueError, match="b records no classes of its task 'shapes'. Copy the"):
         load(clip, lacking.folder)
+
+
+def with_images(clip, folder, kind="coop", transform=None, pets=None, runs=None):
+    """Saves an artifact with some fields of `images` replaced; returns its folder."""
+    model = save(folder / "model", clip, kind, runs=runs).model
+    images = model.input_settings
+    images["transform"] |= transform or {}
+    images["tasks"]["pets"] |= pets or {}
+    return save(folder / "a", clip, kind, runs=runs, images=images).folder
+
+
+@pytest.mark.parametrize("size", [1, 17, 2**31 - 1])
+def test_load_images_of_another_size_than_the_backbone_fail(size, clip, tmp_path):
+    folder = with_images(clip, tmp_path, transform={"size": size})
+    says = f"a have images of {size} pixels, but the backbone has images of 16 pixels. Copy the"
+    with pytest.raises(ValueError, match=says):
+        load(clip, folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "says"),
+    [
+        ("coop", (3, 4, 1), "text_context of width 1, but the backbone has .* width 16. Copy the"),
+        ("coop", (3, 4, 17), "text_context of width 17, but the backbone has .* width 16."),
+        ("vpt", (3, 6, 25), "image_tokens of width 25, but the backbone has .* width 24."),
+        (
+            SitePrompts(None, PromptTuning(4, image_serving.WIDE), image_layers=2),
+            (3, 4, 24),
+            "image_tokens in 2 layers, but the backbone has image_tokens in 3 layers.",
+        ),
+    ],
+)
+def test_load_prompts_of_other_sizes_than_the_backbone_fail(kind, table, says, clip, tmp_path):
+    saved = save(tmp_path / "model", clip, kind)
+    recorded = json.loads((Path(saved.folder) / "config.json").read_text())
+    names = ("embedding_sha256", "backbone_sha256", "vocabulary_sha256", "backbone", "images")
+    fields = {name: recorded[name] for name in names}
+    method, runs = saved.model.prompt, saved.model.runs
+    (site,) = method.parts
+    prompt = {site: {"table": np.ones(table, np.float32)}}
+    folder = saved_artifacts.save(tmp_path / "a", method, prompt, runs, **fields)
+    with pytest.raises(ValueError, match=f"a have {says}"):
+        load(clip, folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pets", "rows", "number"),
+    [
+        ("vpt", {"templates": [f"{i} {{}}" for i in range(2048)]}, 3, "2,097,158"),
+        ("coop", {}, 1025, "2,099,200"),
+        ("vpt", {"templates": ["{}"]}, 1025, "2,099,200"),
+    ],
+)
+def test_load_too_many_class_texts_fail_before_they_are_made(
+    kind, pets, rows, number, clip, tmp_path, monkeypatch
+):
+    runs = None if rows == 3 else Runs(["pets"] * rows, [f"s{i}" for i in range(rows)])
+    names = [f"class {i}" for i in range(1024 if rows == 3 else 2048)]
+    folder = with_images(clip, tmp_path, kind, pets={"names": names, **pets}, runs=runs)
+    monkeypatch.setattr(image_server, "class_texts", lambda *_: pytest.fail("made texts"))
+    says = f"The artifacts have {number} class texts, and the limit is 1,048,576. Serve fewer"
+    with pytest.raises(ValueError, match=says):
+        load(clip, folder)
+
+
+@pytest.mark.parametrize(("kind", "number"), [("coop", 9), ("vpt", 12)])
+def test_load_counts_texts_of_templates_only_without_a_context(
+    kind, number, clip, tmp_path, monkeypatch
+):
+    folder = save(tmp_path / "a", clip, kind).folder
+    monkeypatch.setattr(image_server, "MOST_TEXTS", number)
+    assert load(clip, folder).names
+    monkeypatch.setattr(image_server, "MOST_TEXTS", number - 1)
+    with pytest.raises(ValueError, match=f"have {number} class texts"):
+        load(clip, folder)
 
 
 def test_load_other_backbone_or_tokenizer_fails(clip, coop, tmp_path):
