@@ -71,12 +71,12 @@ class Exported:
         self.names: list[str] = self.config["names"]
         self.backbone = self._arrays(Path(backbone or self.folder / BACKBONE), BACKBONE)
         self.prompts = self._arrays(self.folder / PROMPTS, PROMPTS)
-        self._score_images = None
+        self._score_images, functions = None, self.config.get("functions", {})
         if IMAGES in self.config:
-            self._score_images = jax.jit(self._function(SCORE).call)
+            self._score_images, functions = jax.jit(self._function(SCORE).call), {}
         self._functions = {
             (name, int(length)): jax.jit(self._function(file).call)
-            for name, files in self.config.get("functions", {}).items()
+            for name, files in functions.items()
             for length, file in files.items()
         }
 
@@ -98,8 +98,9 @@ class Exported:
             rows: the row of each text's task (see `row`).
 
         Raises:
-            ValueError: a row does not exist, or a text is too long.
+            ValueError: the export is of images, a row does not exist, or a text is too long.
         """
+        self._check_of_texts()
         return self._call("predict", texts, rows)
 
     def score(
@@ -110,6 +111,7 @@ class Exported:
     ) -> Any:
         """Returns the log probability [B] of one target per text, in nats. The arguments and errors
         are as in `predict`; `targets` are lists of token ids like `texts`."""
+        self._check_of_texts()
         length = self.config["target_length"]
         return self._call("score", texts, rows, _padded(targets, length, "targets"))
 
@@ -135,6 +137,10 @@ class Exported:
             )
         numbers = np.asarray(rows, np.int32)
         return self._score_images(self.backbone, self.prompts, images, numbers)
+
+    def _check_of_texts(self) -> None:
+        if self._score_images is not None:
+            raise ValueError(f"{self.folder} is an export of images. Call score_images.")
 
     def _check_rows(self, rows: Sequence[int]) -> None:
         # The functions do not check rows: others are prompts of zeros, or another task's.
