@@ -31,7 +31,7 @@ from mpt_jax.checkpointing import checkpoint_config, restore_states
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import datasets, task_lookup, token_tables, validation
-from mpt_jax.data.classes import is_image_task
+from mpt_jax.data.classes import ClassVocabulary, is_image_task
 from mpt_jax.data.dataset_iterator import DatasetIterator
 from mpt_jax.data.image_preprocessors import EXAMPLE_NAMES
 from mpt_jax.data.iterators import HostShard
@@ -84,7 +84,9 @@ def infer(
         train_state_initializer_cls: called without arguments; its `origins` name the backbone and
             the artifact.
         mode: `'predict'` decodes, `'score'` computes the log-probability of the targets in nats,
-            `'predict_with_aux'` decodes and adds the score of the decoded text.
+            `'predict_with_aux'` decodes and adds the score of the decoded text. Of an image, it
+            predicts the most probable class or, if the task is multi-label, the list of the classes
+            with a probability above one half; the score is of every class, or of the most probable.
         checkpoint_period: the maximum number of batches that a stopped run has to repeat.
         shard_id: which part of every task to process, 0 .. num_shards - 1.
         num_shards: the number of parts that every task is divided into; each part needs a separate
@@ -141,7 +143,10 @@ def infer(
     if shard_id == 0:
         summarize_config_fn(output_dir, None, 0)
     functions = {"score": model.score_batch, "predict": model.predict_batch}
-    compiled = on_device(functions.get(mode, model.predict_batch_with_aux), partitioner)
+    function = functions.get(mode, model.predict_batch_with_aux)
+    if model.decode_fn is None:  # of classes, whose scores are also needed for predictions
+        function = model.score_batch
+    compiled = on_device(function, partitioner)
     with partitioner.activate():
         params = model.params_for_evaluation(state.params)
     # Rows of similar length are batched together, so several batches are read at a time.
@@ -363,14 +368,30 @@ def _lines(
 
 
 def _answer(outputs: Any, row: int, mode: str, vocabulary: Any) -> dict[str, Any]:
+    if isinstance(vocabulary, ClassVocabulary):
+        return _classified(np.asarray(outputs[row]), mode, vocabulary)
     if mode == "score":
-        score = np.asarray(outputs[row])
-        # Of each class of an image's task; classes that do not exist score minus infinity.
-        return {"score": score[np.isfinite(score)].tolist() if score.ndim else float(score)}
+        return {"score": float(outputs[row])}
     tokens, aux = outputs if mode == "predict_with_aux" else (outputs, {})
     answer: dict[str, Any] = {"prediction": vocabulary.decode(tokens[row].tolist())}
     if mode == "predict_with_aux":
         answer["aux"] = {name: value[row].tolist() for name, value in aux.items()}
+    return answer
+
+
+def _classified(scores: np.ndarray, mode: str, classes: ClassVocabulary) -> dict[str, Any]:
+    """Returns the answer about an image, given the scores [C] of its task's classes and of others
+    that do not exist."""
+    scores = scores[: classes.size]
+    if mode == "score":
+        return {"score": scores.tolist()}
+    best = int(scores.argmax())
+    answer: dict[str, Any] = {"prediction": classes.names[best]}
+    if classes.multi_label:  # as mpt-jax predict
+        pairs = zip(classes.names, scores, strict=True)
+        answer["prediction"] = [name for name, score in pairs if score > np.log(0.5)]
+    if mode == "predict_with_aux":
+        answer["aux"] = {"scores": float(scores[best])}
     return answer
 
 

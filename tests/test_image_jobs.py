@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 
 import gin
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mpt_jax.artifacts import artifacts
 from mpt_jax.core.tree import flatten
+from mpt_jax.models import dual_encoder
 from tests.fixtures import image_jobs, picture_files
 from tests.fixtures.image_jobs import bindings, run_job
 from tests.fixtures.training_runs import assert_same_bits, prompts
 
 PAIR = ("job_pets", "job_shapes")
+TAGGED = ("job_tags", "job_pets")  # the first is multi-label
 COOP = {"CONTEXT_LENGTH": 2, "STEPS_PER_EPOCH": 1, "EVAL_PERIOD": 4}
 AUGMENTATION = "@image_transforms.Augmentation()"
 VPT = {"IMAGE_TOKENS": 2, "STEPS_PER_EPOCH": 1, "EVAL_PERIOD": 4, "AUGMENTATION": AUGMENTATION}
@@ -44,6 +47,13 @@ def vpt(clip, tmp_path_factory):
     """The root and the scores of an augmented VPT job."""
     root = tmp_path_factory.mktemp("vpt")
     return root, run_job(["vpt_target"], bindings(clip, root, PAIR, **VPT))
+
+
+@pytest.fixture(scope="module")
+def tagged(clip, tmp_path_factory):
+    """The root and the scores of a job with a multi-label task."""
+    root = tmp_path_factory.mktemp("tagged")
+    return root, run_job(["coop_target"], bindings(clip, root, TAGGED, **COOP))
 
 
 def lines(path: Path) -> list[dict]:
@@ -126,12 +136,11 @@ def test_runs_of_one_job_equal_solo_jobs(clip, coop, tmp_path):
     np.testing.assert_allclose(np.asarray(grouped)[1], np.asarray(solo)[0], atol=1e-6)
 
 
-def test_multi_label_task_trains_beside_a_single_label_task(clip, tmp_path):
-    given = bindings(clip, tmp_path, ["job_tags", "job_pets"], **COOP)
-    scores = run_job(["coop_target"], given)
+def test_multi_label_task_trains_beside_a_single_label_task(tagged):
+    root, scores = tagged
     assert list(scores["job_tags"])[0] == "map_11point"
     assert 0 <= scores["job_tags"]["map_11point"] <= 100
-    written = lines(tmp_path / "coop_target" / "metrics.jsonl")
+    written = lines(root / "coop_target" / "metrics.jsonl")
     losses = [x["loss/job_tags"] for x in written if x["folder"] == "train" and "loss" in x]
     assert len(losses) == 2 and np.isfinite(losses).all()
 
@@ -283,6 +292,42 @@ def test_infer_writes_names_predictions_and_scores(clip, coop):
     gold = [classes[i % 3] for i in range(10)]
     right = np.mean([a == b for a, b in zip(best, gold, strict=True)])
     assert 100 * right == pytest.approx(scores["job_pets"]["accuracy"])
+
+
+def test_infer_multi_label_predicts_all_classes_above_one_half(clip, tagged):
+    root, _ = tagged
+    found = {}
+    for mode in ("predict", "score", "predict_with_aux"):
+        macros = {"infer_script.infer.mode": mode, "TARGET_TASKS": list(TAGGED)}
+        files, given = inference(clip, root, "coop_target", **macros)
+        paths = sorted(run_job(["infer", *files], given, "infer"))
+        found[mode] = [lines(Path(path)) for path in reversed(paths)]  # of tags, of pets
+    tags, pets = image_jobs.CLASSES["job_tags"], image_jobs.CLASSES["job_pets"]
+    table = np.array([x["score"] for x in found["score"][0]])
+    assert table.shape == (10, 4) and np.shape([x["score"] for x in found["score"][1]]) == (10, 3)
+    above = [[name for name, s in zip(tags, row, strict=True) if np.exp(s) > 0.5] for row in table]
+    assert any(len(names) != 1 for names in above)
+    for mode in ("predict", "predict_with_aux"):
+        assert [x["prediction"] for x in found[mode][0]] == above
+        assert all(x["prediction"] in pets for x in found[mode][1])
+    aux = [x["aux"]["scores"] for x in found["predict_with_aux"][0]]
+    np.testing.assert_allclose(aux, table.max(1), rtol=1e-6)
+
+
+def test_infer_scores_that_are_not_finite_are_written(clip, coop, tmp_path, monkeypatch):
+    root, _ = coop
+    bad = jnp.array([jnp.nan, -jnp.inf, 0.0])
+    monkeypatch.setattr(
+        dual_encoder.PromptedDualEncoder,
+        "score_batch",
+        lambda model, params, batch: jnp.broadcast_to(bad, (len(batch["image"]), 3)),
+    )
+    macros = {"infer_script.infer.mode": "score", "INFER_OUTPUT_DIR": str(tmp_path)}
+    files, given = inference(clip, root, "coop_target", **macros)
+    pets, shapes = run_job(["infer", *files], given, "infer")
+    for path, number in ((pets, 3), (shapes, 2)):  # of 3 and 2 classes
+        for line in lines(Path(path)):
+            np.testing.assert_array_equal(line["score"], np.array(bad)[:number])
 
 
 def test_artifact_holds_prompts_only(coop):
