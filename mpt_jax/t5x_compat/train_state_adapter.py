@@ -339,6 +339,7 @@ class ArtifactHook:
             step=step,
             started_from=loaded.started_from,
             images=host.model.input_settings,
+            include_folded=True,
             facts=_card_facts(host),
             **loaded.digests,
         )

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load
 
 from mpt_jax.artifacts import artifacts
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
+from mpt_jax.prompts.sites import IMAGE, TEXT
 from mpt_jax.t5x_compat import train_state_adapter
 from mpt_jax.training import initialization
-from tests.fixtures import tiny
+from tests.fixtures import tiny, tiny_clip
 
 APART = Runs(tiny.RUNS.task_names, groups="independent")
 
@@ -83,3 +85,36 @@ def test_artifact_hook_non_finite_prompts_keep_earlier_artifact(
     kept = artifacts.load_artifact(tmp_path / "artifact")
     assert kept.config["step"] == 3
     assert all(np.isfinite(leaf).all() for leaf in flatten(kept.params).values())
+
+
+@pytest.mark.parametrize(
+    ("model", "prompts"),
+    [
+        (tiny.model(APART), set(APART.run_names)),
+        (
+            tiny_clip.model(),
+            {f"{run}/{site}" for run in tiny_clip.RUNS.run_names for site in (TEXT, IMAGE)},
+        ),
+    ],
+    ids=["texts", "images"],
+)
+def test_artifact_hook_writes_the_plain_prompts_that_the_card_promises(
+    model, prompts, tmp_path, monkeypatch
+):
+    host = train_state_adapter.Host(
+        model, initialization.Origins(scratch=True), model.optimizer_def, partitioner=None
+    )
+    params = (tiny if model.decode_fn else tiny_clip).params(model)
+    host._loaded = initialization.InitialParams(params, "0" * 64, "0" * 64, None)
+    monkeypatch.setattr(train_state_adapter, "_HOSTS", [host])
+    (hook,) = train_state_adapter.save_hooks(str(tmp_path))
+    hook({"target": {"prompt": params["prompt"]}, "state": {"step": 3}}, "infos")
+    tensors = load((tmp_path / "artifact" / artifacts.TENSORS).read_bytes())
+    assert {name for name in tensors if name.startswith("folded/")} == {
+        f"folded/{name}" for name in prompts
+    }
+    if not model.decode_fn:
+        assert "below `folded/`" in (tmp_path / "artifact" / "README.md").read_text()
+        for row, run in enumerate(tiny_clip.RUNS.run_names):
+            expected = params["prompt"][TEXT]["table"][row]
+            np.testing.assert_array_equal(tensors[f"folded/{run}/{TEXT}"], expected)
