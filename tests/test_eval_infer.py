@@ -235,9 +235,11 @@ def test_infer_artifact_same_scores_as_checkpoint(saved, tmp_path):
         saved.model.prompt,
         saved.params["prompt"],
         saved.model.runs,
-        embedding_sha256=artifacts.embedding_digest(embedding),
-        backbone_sha256=None,
-        vocabulary_sha256=None,
+        digests={
+            "embedding_sha256": artifacts.embedding_digest(embedding),
+            "backbone_sha256": None,
+            "vocabulary_sha256": None,
+        },
         backbone="tiny",
         step=3,
     )

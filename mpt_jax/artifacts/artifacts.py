@@ -183,6 +183,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     params: Params,
     runs: Runs,
     *,
+    digests: Mapping[str, str | None],
     backbone: str,
     step: int,
     backbone_config: Mapping[str, Any] | None = None,
@@ -192,7 +193,6 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     images: Mapping[str, Any] | None = None,
     include_folded: bool = False,
     facts: model_card.Facts | None = None,
-    **digests: str | None,
 ) -> epath.Path:
     """Writes an artifact with its model card, in place of an existing one (`replace_folder`).
 
@@ -201,6 +201,10 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         method: the prompt method.
         params: the method's parameters.
         runs: the runs, one for each bank row.
+        digests: what readers compare, by the name of its field: `embedding_sha256` of the
+            backbone's embedding (`embedding_digest`), `backbone_sha256` of all its weights
+            (`backbone_digest`; None if it was switched off), `vocabulary_sha256`
+            (`vocabulary_digest`; None if unknown), and the model's `input_digests`.
         backbone: the name or path of the backbone, for people to read.
         step: the training step of the parameters.
         backbone_config: the architecture of the backbone (`backbone_digest.backbone_config`); None
@@ -215,10 +219,6 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         include_folded: whether to also write the plain prompt of each row. Ignored if prompts
             depend on the text.
         facts: further facts for the model card.
-        **digests: what readers compare, by the name of its field: `embedding_sha256` of the
-            backbone's embedding (`embedding_digest`), `backbone_sha256` of all its weights
-            (`backbone_digest`; None if it was switched off), `vocabulary_sha256`
-            (`vocabulary_digest`; None if unknown), and the model's `input_digests`.
 
     Returns:
         The artifact's folder.
@@ -238,10 +238,10 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
         "groups": list(runs.group_of_row),
         "shapes": {name: list(np.shape(x)) for name, x in flatten(params).items()},
         "backbone": backbone,
-        "embedding_sha256": digests.pop("embedding_sha256"),
-        "backbone_sha256": digests.pop("backbone_sha256"),
+        "embedding_sha256": digests["embedding_sha256"],
+        "backbone_sha256": digests["backbone_sha256"],
         "backbone_config": backbone_config and dict(backbone_config),
-        "vocabulary_sha256": digests.pop("vocabulary_sha256"),
+        "vocabulary_sha256": digests["vocabulary_sha256"],
         **digests,
         "prompts_sha256": hashlib.sha256(prompts).hexdigest(),
         "step": int(step),

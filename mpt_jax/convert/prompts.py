@@ -89,9 +89,8 @@ def to_artifact(
             adapter.method,
             adapter.params,
             Runs(tasks, names),
-            **digests,
+            digests=digests | {"vocabulary_sha256": adapter.notes.get("vocabulary_sha256")},
             backbone_config=_check_config(source, adapter, backbone, say),
-            vocabulary_sha256=adapter.notes.get("vocabulary_sha256"),
             backbone=adapter.notes.get("backbone", str(backbone)),
             step=adapter.notes.get("step", 0),
         )

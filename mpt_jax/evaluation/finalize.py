@@ -313,6 +313,7 @@ def _write(
         model.prompt,
         params,
         runs,
+        digests=initial.digests,
         backbone=job.backbone,
         backbone_config=backbone_config(model.backbone_config),
         step=max(outcome.best_step or 0 for outcome in kept.values()),
@@ -322,5 +323,4 @@ def _write(
         images=model.input_settings,
         include_folded=True,
         facts=facts,
-        **initial.digests,
     )

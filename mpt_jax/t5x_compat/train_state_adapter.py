@@ -334,6 +334,7 @@ class ArtifactHook:
             host.model.prompt,
             unflatten(values),
             host.model.runs,
+            digests=loaded.digests,
             backbone=host.origins.name,
             backbone_config=backbone_config(host.model.backbone_config),
             step=step,
@@ -341,7 +342,6 @@ class ArtifactHook:
             images=host.model.input_settings,
             include_folded=True,
             facts=_card_facts(host),
-            **loaded.digests,
         )
 
 

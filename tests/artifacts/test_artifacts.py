@@ -24,6 +24,12 @@ RNG = np.random.default_rng(1)
 CHANGED = {**PARAMS, "shared": PARAMS["shared"] + 1e-3}
 
 
+def test_save_artifact_misspelled_field_fails(tmp_path):
+    with pytest.raises(TypeError, match="include_foldd"):
+        save_example(tmp_path / "a", include_foldd=True)
+    assert not (tmp_path / "a").exists()
+
+
 def test_save_artifact_loads_equal(tmp_path):
     assert save_example(tmp_path / "a") == tmp_path / "a"
     read = artifacts.load_artifact(tmp_path / "a")

@@ -15,7 +15,7 @@ from mpt_jax.evaluation import metric_writers
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.runtime import storage_check
 from mpt_jax.tasks import file_readers
-from tests.fixtures import fake_gcs
+from tests.fixtures import fake_gcs, saved_artifacts
 
 
 class Refusing:
@@ -105,7 +105,7 @@ def test_artifact_in_bucket_saved_and_loaded(tmp_path, monkeypatch):
     for _ in range(2):  # the second replaces the first
         artifacts.save_artifact(
             folder, PromptTuning(3), params, Runs(["rte"]),
-            embedding_sha256="e", backbone_sha256="b", vocabulary_sha256="v", backbone="t5", step=1,
+            digests=saved_artifacts.DIGESTS, backbone="t5", step=1,
         )  # fmt: skip
     read = artifacts.load_artifact(folder)
     np.testing.assert_array_equal(read.params["table"], params["table"])

@@ -245,7 +245,9 @@ def started(folder: Path, method: PromptMethod) -> artifacts.Artifact:
         f"{name}_sha256": TEACHERS.config[f"{name}_sha256"]
         for name in ("embedding", "backbone", "vocabulary")
     }
-    artifacts.save_artifact(folder, method, params, runs, **digests, backbone="tiny_t5", step=0)
+    artifacts.save_artifact(
+        folder, method, params, runs, digests=digests, backbone="tiny_t5", step=0
+    )
     return artifacts.load_artifact(folder)
 
 

@@ -447,9 +447,11 @@ def test_initial_artifact_of_other_rank_error(backbone, tmp_path):
         MPT(tiny.PROMPT, rank=2),
         params,
         Runs(["mnli"]),
-        embedding_sha256=digest(backbone),
-        backbone_sha256=weights_digest(backbone),
-        vocabulary_sha256=None,
+        digests={
+            "embedding_sha256": digest(backbone),
+            "backbone_sha256": weights_digest(backbone),
+            "vocabulary_sha256": None,
+        },
         backbone="tiny",
         step=1,
     )
