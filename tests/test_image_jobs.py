@@ -76,6 +76,11 @@ def test_coop_target_trains_and_records_its_scores(clip, coop, tmp_path):
     assert found["metrics"]["scores"] == scores and found["step"] == 4
     assert found["shapes"] == {"text_context/table": [2, 2, 16]}
     assert len(found["image_transform_sha256"]) == 64
+    classes = {name: list(image_jobs.CLASSES[name]) for name in PAIR}
+    assert {name: x["names"] for name, x in found["images"]["tasks"].items()} == classes
+    for name in PAIR:
+        own = artifacts.load_artifact(folder / "artifacts" / name).config["images"]
+        assert own == {**found["images"], "tasks": {name: found["images"]["tasks"][name]}}
     losses = [x for x in lines(folder / "metrics.jsonl") if x["folder"] == "train" and "loss" in x]
     assert [x["step"] for x in losses] == [2, 4]
     assert all({f"loss/{task}" for task in PAIR} <= set(x) for x in losses)

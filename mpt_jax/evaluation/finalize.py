@@ -320,7 +320,14 @@ def _write(
         metrics=metrics,
         data={n: job.data[n] for n in map(data_name, runs.run_names) if n in job.data},
         started_from=initial.started_from,
-        images=model.input_settings,
+        images=_of_tasks(model.input_settings, runs.task_names),
         include_folded=True,
         facts=facts,
     )
+
+
+def _of_tasks(images: Mapping[str, Any] | None, tasks: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the record of a model's inputs with the classes of some tasks only."""
+    if images is None:
+        return None
+    return {**images, "tasks": {task: images["tasks"][task] for task in dict.fromkeys(tasks)}}
