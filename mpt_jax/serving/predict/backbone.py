@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,9 +19,10 @@ from mpt_jax.backbones.t5 import T5Config
 from mpt_jax.batching import tokenizers
 from mpt_jax.batching.tokenizers import Tokenizer
 from mpt_jax.convert import backbones
+from mpt_jax.core import schema
 from mpt_jax.core.shapes import Params
 from mpt_jax.runtime import paths
-from mpt_jax.serving.prompt_bank import Bank
+from mpt_jax.serving.prompt_bank import Bank, compose
 
 # The backbone and vocabulary of the toy suite (gin/tiny.gin).
 SHIPPED = ("tiny_t5/checkpoint_10000", "toy.model", 16)
@@ -76,8 +78,8 @@ def load(  # noqa: PLR0913 - each is an option of the command
     Raises:
         FileNotFoundError: the backbone or the vocabulary does not exist.
         ValueError: the backbone or the vocabulary cannot be read; the prompts were trained with
-            another backbone, configuration or vocabulary, and the message shows both values; or
-            the vocabulary has more ids than the backbone embeds.
+            another backbone, configuration or vocabulary, and the message shows both values; they
+            have another width; or the vocabulary has more ids than the backbone embeds.
     """
     shipped = path is None
     path = paths.shipped(name=SHIPPED[0]) if path is None else path
@@ -98,6 +100,7 @@ def load(  # noqa: PLR0913 - each is an option of the command
             "Only the backbone's embedding was checked against the prompts, since the digest of "
             "all weights is switched off (--no-backbone-digest)."
         )
+    _check_width(bank, embedding.shape[1])
     tokenizer = _vocabulary(vocabulary, path, shipped, extra_ids)
     vocabulary_sha256 = artifacts.vocabulary_digest(tokenizer)
     bank.check_vocabulary(vocabulary_sha256)
@@ -110,6 +113,17 @@ def load(  # noqa: PLR0913 - each is an option of the command
     shape = dataclasses.replace(shape, dtype=dtype)
     cast = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype), copy=False), params)
     return Backbone(shape, jax.device_put(cast), tokenizer, digest, vocabulary_sha256, weights)
+
+
+def _check_width(bank: Bank, width: int) -> None:
+    """Raises ValueError if the bank does not compose prompts of the backbone's width."""
+    rows = jnp.zeros(1, jnp.int32)
+    pooled = jnp.zeros((1, width), jnp.float32) if bank.method.reads_text else None
+    what = f"The prompts do not fit the backbone, whose width is {width}"
+    with schema.damage(what, artifacts.COPY_AGAIN):
+        shape = jax.eval_shape(functools.partial(compose, bank.method), bank.arrays, rows, pooled)
+        if shape.shape[-1] != width:
+            raise ValueError(f"their width is {shape.shape[-1]}")
 
 
 def _vocabulary(

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 
 from mpt_jax.artifacts import artifacts
-from mpt_jax.runtime import malloc
+from mpt_jax.core.runs import Runs
+from mpt_jax.prompts.attempt import ATTEMPT
+from mpt_jax.prompts.prompt_tuning import PromptTuning
+from mpt_jax.prompts.sites import SiteContext, SitePrompts
+from mpt_jax.runtime import malloc, paths
 from mpt_jax.serving.predict.requests import Failure
 from mpt_jax.serving.predict.server import Limits, Server, buckets
 from mpt_jax.serving.prompt_bank import Bank
-from tests.fixtures import serving_fixtures, tiny
+from tests.fixtures import saved_artifacts, serving_fixtures, tiny
+from tests.fixtures.saved_artifacts import DIGESTS
 
 TEXTS = ("a", "fine film", "of the year", "what a long text this", "ok", "b", "cc", "ddd", "eeeee")
 
@@ -200,3 +205,23 @@ def test_server_score_that_is_not_finite_fails_its_line(server):
         assert set(answer) == {"line", "error"}
     (scored,) = ask(server, [{**requests[0], "targets": "a"}], mode="score")
     assert "(nan)" in scored["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "width", "says"),
+    [
+        (PromptTuning(3), 1, "their width is 1. Copy the artifact again"),
+        (PromptTuning(3), 129, "their width is 129. "),
+        (ATTEMPT(3, ("a",)), 129, ""),  # the attention cannot read the embeddings
+        (SitePrompts(PromptTuning(3)), 128, "An artifact with prompts for text_context has no"),
+    ],
+)
+def test_load_prompts_that_do_not_fit_the_backbone_fail(method, width, says, tmp_path):
+    """With the digests of the shipped T5."""
+    shipped = artifacts.load_artifact(paths.SHIPPED / "tiny_t5" / "mpt_source")
+    digests = {name: value for name, value in shipped.config.items() if name in DIGESTS}
+    runs = Runs(["a"])
+    params = method.init(jax.random.key(0), runs, SiteContext(jnp.ones((5000, width))))
+    folder = saved_artifacts.save(tmp_path / "a", method, params, runs, **digests)
+    with pytest.raises(ValueError, match=f"do not fit the backbone, whose width is 128: {says}"):
+        Server.load([str(folder)])
