@@ -89,6 +89,7 @@ def test_image_task_in_a_text_job(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_vpt_artifact_in_a_coop_job(fails, clip, tmp_path):
     vpt = {"IMAGE_TOKENS": 2, "TRAIN_STEPS": 0}
     run_job(["vpt_target"], bindings(clip, tmp_path / "source", ["job_pets"], **vpt))
@@ -97,6 +98,7 @@ def test_vpt_artifact_in_a_coop_job(fails, clip, tmp_path):
     assert "has none for text_context. Set INITIAL_ARTIFACT to an artifact with" in message
 
 
+@pytest.mark.slow
 def test_contexts_of_classes_in_another_order(fails, clip, tmp_path, own_tasks):
     def register(names):
         seqio.TaskRegistry.remove("job_pair")
@@ -144,7 +146,7 @@ def test_files_for_texts(fails, name, message):
     assert re.search(message, fails("coop_target", f"runs/{name}", TRAIN_STEPS=1))
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", pytest.param("val", marks=pytest.mark.slow)])
 def test_damaged_file_is_named(fails, tmp_path, own_tasks, split):
     root = image_jobs.write_photos(tmp_path / "photos")
     damaged = root / split / "dog" / "5.jpg"

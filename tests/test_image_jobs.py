@@ -110,6 +110,7 @@ def test_predictions_beside_metrics_have_names_but_no_files(coop):
     assert all(len(x["score"]) >= 3 for x in written)
 
 
+@pytest.mark.slow
 def test_resumed_with_augmentation_same_bits(clip, tmp_path):
     # Without evaluations, which would select another best step.
     limit = {"train_script.train.actions": {}, **VPT}

@@ -265,9 +265,9 @@ def outputs_and_slopes(layers: int, **fields):
 @pytest.mark.parametrize(
     ("layers", "remat", "scan_layers"),
     [
-        (1, "none", True),
         (3, "full", True),
-        (3, "minimal", False),
+        pytest.param(1, "none", True, marks=pytest.mark.slow),
+        pytest.param(3, "minimal", False, marks=pytest.mark.slow),
         pytest.param(3, "minimal", True, marks=pytest.mark.slow),
         pytest.param(1, "full", False, marks=pytest.mark.slow),
     ],

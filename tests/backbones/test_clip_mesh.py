@@ -18,7 +18,7 @@ from tests.fixtures.clip_models import IMAGE, random_images, random_params, tiny
 
 
 @pytest.mark.devices(4)
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_clip_on_mesh_matches_one_device(scan_layers):
     image = dataclasses.replace(IMAGE, num_heads=4)
     config = tiny(image=image, scan_layers=scan_layers)

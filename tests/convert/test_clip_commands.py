@@ -133,7 +133,9 @@ def test_fingerprint_is_that_of_the_features(folder):
     np.testing.assert_allclose(found, [*cosines, *norms], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16")])
+@pytest.mark.parametrize(
+    "options", [(), pytest.param(("--dtype", "bfloat16"), marks=pytest.mark.slow)]
+)
 def test_converted_clip_has_a_fingerprint_that_shows_other_settings(options, folder, tmp_path):
     target = tmp_path / "open"
     convert(folder, target, "--to", "open-clip", *options)

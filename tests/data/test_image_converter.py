@@ -224,7 +224,7 @@ def test_eval_batches_of_augmented_model_equal_pillow():
     assert not found[10:].any()
 
 
-@pytest.mark.parametrize("tasks", [["job_pets"], list(TASKS)])
+@pytest.mark.parametrize("tasks", [["job_pets"], pytest.param(list(TASKS), marks=pytest.mark.slow)])
 def test_decoded_images_are_not_kept_in_memory(tasks):
     """An evaluation set of decoded images takes ten times the memory of its files."""
     make = image_jobs.converter(tasks, SIZE)

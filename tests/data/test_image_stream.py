@@ -165,7 +165,9 @@ def test_images_do_not_depend_on_the_batch_size_or_the_other_tasks():
 
 
 @pytest.mark.parametrize(
-    "sampler", [EqualQuotas(6, 3), StochasticTasks(6, 3)], ids=["equal", "drawn"]
+    "sampler",
+    [EqualQuotas(6, 3), pytest.param(StochasticTasks(6, 3), marks=pytest.mark.slow)],
+    ids=["equal", "drawn"],
 )
 def test_any_number_of_hosts_same_images(sampler):
     whole = take(iterator(sampler), 6)
@@ -180,7 +182,9 @@ def test_any_number_of_hosts_same_images(sampler):
 # --- Positions -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [0, 1, 11, 12, 13])
+@pytest.mark.parametrize(
+    "step", [12, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 1, 11, 13))]
+)
 def test_restored_at_any_step_same_batches(step):
     """Steps 12 and 13 are at the end of a pass of each task."""
     first = iterator()
@@ -209,6 +213,7 @@ def test_saving_a_position_changes_nothing():
         assert_same([next(saved)], [expected[number]])
 
 
+@pytest.mark.slow
 def test_position_restores_on_another_number_of_hosts():
     whole = iterator()
     coming = iter(take(whole, 6))

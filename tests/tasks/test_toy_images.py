@@ -179,7 +179,7 @@ def test_noise_has_its_deviation():
     assert middle.std((1, 2)).mean() == pytest.approx(0.03, abs=0.003)
 
 
-@pytest.mark.parametrize("name", ["colors", "sizes"])
+@pytest.mark.parametrize("name", ["colors", pytest.param("sizes", marks=pytest.mark.slow)])
 def test_attribute_is_visible_to_a_linear_probe_of_pixels(name):
     """With all other attributes random, except that objects are single and in the middle."""
     found = world.sample(1200, world.generator("probe"))

@@ -97,7 +97,7 @@ EPOCH = ([0, 1, 2, 3], [4, 5, 0, 6], [1, 1, 4, 7])
     ("settings", "parts", "runs"),
     [
         (ImageCache(ROOM), 1, tiny_clip.RUNS),
-        (ImageCache(3 * BYTES, chunk=3), 2, APART),
+        pytest.param(ImageCache(3 * BYTES, chunk=3), 2, APART, marks=pytest.mark.slow),
     ],
     ids=["all fit", "three fit"],
 )
