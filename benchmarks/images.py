@@ -84,7 +84,8 @@ def texts(config: CLIPConfig, context: int) -> ClassTexts:
     names = tuple(f"class {number}" for number in range(CLASSES))
     end = np.full(CLASSES, context + 4, np.int32)
     task = TaskClasses("task", names)
-    return ClassTexts((task,), context, tokens, slots, end, np.arange(CLASSES, dtype=np.int32))
+    number = np.arange(CLASSES, dtype=np.int32)
+    return ClassTexts((task,), (0,), context, tokens, slots, end, number)
 
 
 def batch(config: CLIPConfig) -> dict[str, np.ndarray]:

@@ -142,6 +142,7 @@ def test_runs_of_one_job_equal_solo_jobs(clip, coop, tmp_path):
     np.testing.assert_allclose(np.asarray(grouped)[1], np.asarray(solo)[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_multi_label_task_trains_beside_a_single_label_task(tagged):
     root, scores = tagged
     assert list(scores["job_tags"])[0] == "map_11point"
@@ -151,6 +152,7 @@ def test_multi_label_task_trains_beside_a_single_label_task(tagged):
     assert len(losses) == 2 and np.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_few_shot_runs_read_as_many_images_of_each_class(clip, tmp_path):
     runs = ["job_pets_k2_per_class_s1", "job_shapes_k3_s0"]
     run_job(["coop_target"], bindings(clip, tmp_path, runs, **COOP))
@@ -204,6 +206,7 @@ GROUPS = 'joint'
 """
 
 
+@pytest.mark.slow
 def test_target_starts_from_the_shared_prompt_of_a_source_stage(clip, tmp_path):
     (tmp_path / "source.gin").write_text(SOURCE)
     files = ["coop_target", str(tmp_path / "source.gin")]
@@ -252,7 +255,7 @@ def inference(clip, root, kind, **macros):
     return files, [x for x in given if x.split(" = ")[0] not in training]
 
 
-@pytest.mark.parametrize("kind", ["coop", "vpt"])
+@pytest.mark.parametrize("kind", ["coop", pytest.param("vpt", marks=pytest.mark.slow)])
 def test_eval_of_artifact_and_checkpoint_gives_the_scores_of_training(clip, kind, request):
     root, expected = request.getfixturevalue(kind)
     files, given = inference(clip, root, f"{kind}_target")
@@ -300,6 +303,7 @@ def test_infer_writes_names_predictions_and_scores(clip, coop):
     assert 100 * right == pytest.approx(scores["job_pets"]["accuracy"])
 
 
+@pytest.mark.slow
 def test_infer_multi_label_predicts_all_classes_above_one_half(clip, tagged):
     root, _ = tagged
     found = {}

@@ -172,6 +172,7 @@ def test_train_other_configuration_of_backbone_same_weights_error(backbone, tmp_
         run(backbone, tmp_path / "new", model=build(config=other), steps=2, origins=origins)
 
 
+@pytest.mark.slow
 def test_train_digest_switched_off_is_logged_and_recorded(backbone, tmp_path, caplog):
     with caplog.at_level("WARNING", logger="absl"):
         run(backbone, tmp_path / "run", steps=0, origins={"digest_backbone": False})

@@ -415,6 +415,7 @@ def test_parameters_have_logical_axes_with_rules(scan_layers):
         assert {name: axes[name] for name in AXES} == AXES
 
 
+@pytest.mark.slow
 def test_initial_values_have_standard_deviations_of_openai():
     image = dataclasses.replace(IMAGE, emb_dim=96, num_layers=2, mlp_dim=384)
     text = dataclasses.replace(TEXT, emb_dim=64, mlp_dim=256, vocab_size=500, context_length=200)

@@ -127,7 +127,7 @@ def test_fused_attention_with_dropout_only_for_self_attention():
     assert kernels_of(5, biases=True) == set()
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_fused_attention_with_dropout_drops_the_same_keys(packed):
     plain, kernels = make(False, dropout_rate=0.3), make(True, dropout_rate=0.3)
     x, mask, targets, _, _ = inputs(packed)

@@ -25,7 +25,7 @@ RULES = (
 
 
 @pytest.mark.devices(4)
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_transformer_on_mesh_matches_one_device(scan_layers):
     config = T5Config(
         vocab_size=32,

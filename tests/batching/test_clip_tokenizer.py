@@ -108,6 +108,7 @@ def test_text_is_cleaned(folder):
         made.encode("x\ud800")
 
 
+@pytest.mark.slow
 def test_pieces_equal_those_of_published_pattern_for_every_character():
     regex = pytest.importorskip("regex")
     pattern = regex.compile(

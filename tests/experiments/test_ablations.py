@@ -44,6 +44,7 @@ def test_ablations_row_parses_as_command(name, stage, added):
     gin.clear_config()
 
 
+@pytest.mark.slow
 def test_adafactor_job_trains_and_writes_its_record(tmp_path):
     """The record is JSON, although the rule of the optimizer is a function."""
     bindings = ["TRAIN_STEPS = 2", "EVAL_PERIOD = 2", "EVAL_STEPS = 1", "BATCH_SIZE = 4"]

@@ -262,7 +262,10 @@ def test_score_batch_union_training_still_scores_own_classes():
     np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("method", [None, SitePrompts(None, PromptTuning(2, Normal()))])
+@pytest.mark.parametrize(
+    "method",
+    [None, pytest.param(SitePrompts(None, PromptTuning(2, Normal())), marks=pytest.mark.slow)],
+)
 def test_params_for_evaluation_have_features_of_all_texts(method):
     """Losses and scores are those of the plain parameters, which compute the features."""
     model = tiny_clip.model(method, text_chunk=2)

@@ -488,6 +488,7 @@ def test_share_libtpu_two_processes_load_at_once(libtpu):
     assert loaded == ["4\n", "4\n"], errors
 
 
+@pytest.mark.slow
 def test_plan_command_missing_argument_fails():
     found = command("--gin_file=gin/mpt_source.gin")
     assert found.returncode == 2 and "--topology is missing" in found.stderr
@@ -499,8 +500,14 @@ def test_plan_command_missing_argument_fails():
     ("flag", "message"),
     [
         ("--steps=train,evaluate", "must be a list of steps out of train, eval, predict"),
-        ("--num_partitions=x", "--num_partitions=['x']: must be a list of positive numbers"),
-        ("--num_microbatches=0", "--num_microbatches=['0']: must be a list of positive numbers"),
+        pytest.param(
+            *("--num_partitions=x", "--num_partitions=['x']: must be a list of positive numbers"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("--num_microbatches=0", "--num_microbatches=['0']: must be a list of positive"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_plan_command_wrong_value_of_flag_fails(flag, message):

@@ -203,7 +203,8 @@ def test_crosspt_microbatches_share_draws_of_step(name):
     tiny.close(found[1], found[0], 1e-6)
 
 
-@pytest.mark.parametrize("groups", [pytest.param("joint", marks=pytest.mark.slow), "independent"])
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", ["joint", "independent"])
 def test_crosspt_clock_counts_steps(groups):
     """Learning rates, weight decay and clipping do not affect the clock."""
     runs = Runs(tiny.RUNS.task_names, groups=groups)

@@ -295,6 +295,7 @@ def test_statistics_by_site():
 # --- Models --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_model_random_draws_do_not_depend_on_microbatches():
     """CrossPT draws for each example of the image site; of the text context, one for each run."""
     prompt = SitePrompts(crosspt(tiny_clip.CONTEXT), crosspt(4), image_layers=2)

@@ -124,6 +124,7 @@ def test_f1_without_predictions_is_zero():
     assert values == {"of1": 0.0, "cf1_mean_of_f1": 0.0, "cf1_of_means": 0.0}
 
 
+@pytest.mark.slow
 def test_f1_of_the_scores_of_a_model_is_that_of_its_sigmoids():
     tags = TaskClasses("tags", ("cat", "dog", "small bird"), ("a {}.",), multi_label=True)
     model = tiny_clip.model(runs=Runs(["tags"]), texts=tiny_clip.texts(tasks=(tags,)))

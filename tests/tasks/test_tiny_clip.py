@@ -67,6 +67,7 @@ def test_batches_depend_on_seed_and_step_only_and_have_no_held_out_pairs(monkeyp
             assert not world.HELD_OUT[scenes.shapes, scenes.colors].any()
 
 
+@pytest.mark.slow
 def test_loss_against_numpy():
     params = clip_models.random_params(toy_clip_pretrain.config())
     pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)

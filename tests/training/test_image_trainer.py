@@ -171,7 +171,8 @@ def test_padding_rows_change_nothing(rows):
     assert normalizers.tolist() == ([3.0] if rows is JOINT else [2.0, 1.0, 0.0])
 
 
-@pytest.mark.parametrize("parts", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2, 3])
 def test_microbatches_change_only_rounding(parts):
     model, params = made(FACTORS, JOINT)
     batch = batch_of(weights=[1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
@@ -180,6 +181,7 @@ def test_microbatches_change_only_rounding(parts):
     tiny.close(found[1], expected[1], 1e-6)
 
 
+@pytest.mark.slow
 def test_order_of_tasks_and_examples_irrelevant():
     order = [2, 0, 1]  # new bank row -> old
     first, params = made()
@@ -236,6 +238,7 @@ def test_gradients_nan_in_a_large_bank_leave_others_equal():
         assert all(x.any() for x in row_of(expected, row).values())
 
 
+@pytest.mark.slow
 def test_padding_of_a_failed_run_changes_nothing():
     model, params = made(BOTH)
     whole = pick(batch_of(), [0, 2, 3])
@@ -292,6 +295,7 @@ def test_row_compaction_of_images():
     assert found["task_ids"].tolist() == [1, 1, 2, 2], "a block without active runs names its first"
 
 
+@pytest.mark.slow
 def test_gradients_only_of_prompts():
     """A step has no gradient of the backbone, and changes only rows of the batch."""
     model, params = made(BOTH, APART)
@@ -325,6 +329,7 @@ def test_initial_values_of_published_recipes():
     assert np.unique(context[:, 0, 0]).size == 60, "runs differ"
 
 
+@pytest.mark.slow
 def test_optimizer_schedule_per_run():
     """Each independent run has its own schedule; see EpochCosine."""
     schedule = EpochCosine([0.5, 0.25, 0.125], 12, [1, 2, 3], 0.0)

@@ -164,7 +164,7 @@ def test_gradients_number_of_microbatches_changes_only_rounding():
     tiny.close(found[4], found[1], 1e-6)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_term_gradient_norms_match_objectives_of_one_term(parts):
     objective = Objective(distillation=Distillation(encoder_weight=0.5), z_loss=1e-2)
     made = make_trainer(tiny.model(GROUPED, objective=objective), parts)

@@ -107,6 +107,7 @@ def test_server_has_the_context_position_of_the_artifact(position, clip, coop, t
     assert answer["scores"] != pytest.approx(coop.scores("pets", PIXELS[0]), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_server_artifacts_together_answer_as_alone(clip, coop, tmp_path):
     """Three runs of one task, two of them of one artifact that is renamed."""
     runs = Runs(["pets", "pets"], ["pets_s1", "pets_s2"], "independent")
