@@ -268,7 +268,7 @@ def _plain_tensors(method: PromptMethod, params: Params, runs: Runs) -> dict[str
     """Returns the plain prompts of all rows, named `folded/<run>`, or `folded/<run>/<part>` for a
     method that consists of others."""
     tensors = {}
-    for part, (own, values) in params_of_parts(method, params).items():
+    for part, (own, values) in params_of_parts(method, params, runs).items():
         prompts = plain_prompts(own, values, runs)
         names = (f"folded/{run}/{part}".rstrip("/") for run in runs.run_names)
         tensors |= dict(zip(names, prompts, strict=True))

@@ -187,6 +187,12 @@ class PromptMethod(Protocol):
         itself, under the empty name, for a method that composes one prompt."""
         return {"": self}
 
+    def separated(self, params: Params, runs: Runs) -> tuple[PromptMethod, Params]:
+        """Returns a method and parameters that compose the same prompts, each of the `parts` by
+        itself."""
+        del runs
+        return self, params
+
     def statistics(self, params: Params, runs: Runs) -> dict[str, float]:
         """Returns numbers that compare the prompts of runs in a group, for the log of an
         evaluation, given the parameters as NumPy arrays."""
@@ -301,8 +307,11 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(_METHODS))
 
 
-def params_of_parts(method: PromptMethod, params: Params) -> dict[str, tuple[PromptMethod, Params]]:
-    """Returns each of a method's `parts` with its parameters."""
+def params_of_parts(
+    method: PromptMethod, params: Params, runs: Runs
+) -> dict[str, tuple[PromptMethod, Params]]:
+    """Returns each of a method's parts with its parameters, after separating them."""
+    method, params = method.separated(params, runs)
     parts = method.parts.items()
     return {name: (part, params[name] if name else params) for name, part in parts}
 

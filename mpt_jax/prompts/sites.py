@@ -199,6 +199,7 @@ class SitePrompts(PromptMethod):
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         """Starts each site from the same site of the artifact, whose prompts must have as many
         classes and layers."""
+        source_method, source = source_method.separated(source, source_runs)
         theirs = source_method.parts
         if missing := [site for site in self.parts if site not in theirs]:
             raise ValueError(

@@ -260,7 +260,7 @@ def _plain(found: Sequence[Artifact]) -> tuple[SitePrompts, dict[str, Any]]:
     tables: dict[str, list[np.ndarray]] = {}
     shapes: dict[str, list[str]] = {}
     for artifact in found:
-        parts = params_of_parts(artifact.method, artifact.params)
+        parts = params_of_parts(artifact.method, artifact.params, artifact.runs)
         method: Any = artifact.method
         sizes = [f"{name} of {part.prompt_length} rows" for name, (part, _) in parts.items()]
         shape = f"{' and '.join(sizes)} in {method.image_layers} layers"
