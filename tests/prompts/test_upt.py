@@ -32,7 +32,7 @@ def made(part=SharedPrompt, **settings):
 
 
 def randomized(method, runs=RUNS, seed=0):
-    """Parameters of the shapes that `init` returns, random also where it returns 0 or equal ones."""
+    """Parameters of the shapes that `init` returns, all random."""
     rng = np.random.default_rng(seed)
     like = flatten(method.init(KEY, runs, CONTEXT))
     values = {
