@@ -226,7 +226,7 @@ def save_artifact(  # noqa: PLR0913 - each is one field of config.json
     path = epath.Path(path)
     method, params = method.for_inference(unflatten(flatten(params)))
     tensors = {f"factors/{k}": np.asarray(v, np.float32) for k, v in flatten(params).items()}
-    if include_folded and not method.reads_text:
+    if include_folded and not method.reads_input:
         tensors |= _plain_tensors(method, params, runs)
     prompts = save(tensors)
     config = {
@@ -278,7 +278,7 @@ def _plain_tensors(method: PromptMethod, params: Params, runs: Runs) -> dict[str
 def _mixture(method: PromptMethod, params: Params, runs: Runs) -> dict[str, Any] | None:
     """Returns {run: {candidate: weight}} for people to read; None if the method mixes no candidates
     or its weights depend on the text."""
-    if not method.candidates or method.reads_text:
+    if not method.candidates or method.reads_input:
         return None
     weights = plain_weights(method, params, runs).tolist()
     pairs = zip(runs.run_names, weights, strict=True)

@@ -213,17 +213,18 @@ def _how_to_read(config: Mapping[str, Any]) -> str:
     method = method_from_config(config["method"], config["method_config"], "The artifact")
     runs = Runs(config["task_names"], config["run_names"], config["groups"])
     read = "mpt_jax.artifacts.artifacts.load_artifact(FOLDER)"
+    if method.reads_input:
+        what = "text" if method.reads_text else "image"
+        return (
+            f"`{read}` gives the method and its parameters, of which `method.compose` makes the "
+            f"prompt of each input. Prompts depend on the {what}, so no run has one that could be "
+            "taken alone."
+        )
     if len(method.parts) > 1 or "" not in method.parts:
         return (
             f"`{read}` gives the method and its parameters. The plain prompts "
             f"({' and '.join(method.parts)}) of each run are below `folded/` in "
             "prompts.safetensors."
-        )
-    if method.reads_text:
-        return (
-            f"`{read}` gives the method and its parameters, of which `method.compose` makes the "
-            "prompt of each input. Prompts depend on the text, so no run has one that could be "
-            "taken alone."
         )
     if len(set(method.prompt_lengths(runs))) > 1:
         return (

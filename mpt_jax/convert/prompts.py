@@ -285,9 +285,9 @@ def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
             f"{source} has no prompts: its method is {artifact.method.name!r}. Choose an artifact "
             "of a prompt method."
         )
-    if artifact.method.reads_text:
+    if artifact.method.reads_input:
         raise ValueError(
-            f"{source} has the method {artifact.method.name!r}, whose prompts depend on the text. "
+            f"{source} has the method {artifact.method.name!r}, whose prompts depend on the input. "
             "Other programs have no format for such prompts. Use the artifact itself with `mpt-jax "
             "predict` or `mpt-jax export`."
         )

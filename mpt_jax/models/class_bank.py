@@ -115,6 +115,15 @@ class ClassBank:
                 present = jax.ops.segment_max(present, group, self.group_of_row.max() + 1)[group]
         return self._chunked(encode, prompts, self.class_number, present, chunk)
 
+    def encode_with(
+        self, encode: Encode, prompt: Float[Array, "P H"], entries: Int[Array, " n"]
+    ) -> Float[Array, "n U"]:
+        """Returns the features of some entries of a prompted bank, all with the same context."""
+        texts = jnp.asarray(self.class_number)[entries]
+        marks = jnp.asarray(self.texts.slots)[texts]
+        tokens, eot = jnp.asarray(self.texts.tokens)[texts], jnp.asarray(self.texts.eot)[texts]
+        return encode(tokens, prompt[jnp.maximum(marks - 1, 0)], marks, eot)
+
     def _chunked(
         self,
         encode: Encode,
@@ -173,7 +182,7 @@ class ClassBank:
     def own_entries(self, values: Float[Array, "B N"], task_ids: Int[Array, " B"]) -> Array:
         """Returns the values [B, C] of the classes of each example's task; arbitrary at classes
         that do not exist."""
-        return jnp.take_along_axis(values, self._entries(task_ids), axis=1)
+        return jnp.take_along_axis(values, self.entries(task_ids), axis=1)
 
     def own_cosines(
         self, images: Float[Array, "B U"], texts: Float[Array, "N U"], batch: Batch
@@ -185,13 +194,13 @@ class ClassBank:
         """
         if len(texts) <= 4 * self.texts.most_classes:
             return self.own_entries(cosines(images, texts), batch["task_ids"])
-        entries = self._entries(batch["task_ids"])
+        entries = self.entries(batch["task_ids"])
         images, bad_images = _finite(images)
         texts, bad_texts = _finite(texts)
         product = jnp.einsum("bu,bcu->bc", images, texts[entries], precision=FLOAT32)
         return jnp.where(bad_images[:, None] | bad_texts[entries], jnp.nan, product)
 
-    def _entries(self, task_ids: Int[Array, " B"]) -> Int[Array, "B C"]:
+    def entries(self, task_ids: Int[Array, " B"]) -> Int[Array, "B C"]:
         """Returns the entry of each class of each example's task."""
         first = jnp.asarray(self.first)[task_ids][:, None]
         return jnp.minimum(first + jnp.arange(self.texts.most_classes)[None], len(self.row) - 1)

@@ -28,20 +28,20 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
 from mpt_jax.core.tree import Rules, flatten, unflatten
 from mpt_jax.models import class_losses, losses, metrics
-from mpt_jax.models.class_bank import ClassBank, cosines
+from mpt_jax.models.class_bank import ClassBank
 from mpt_jax.models.class_interface import ClassInterface
+from mpt_jax.models.class_scores import FEATURES, ClassScores
 from mpt_jax.models.class_texts import ClassTexts
 from mpt_jax.models.model import FROZEN, Model, RowCost
 from mpt_jax.models.prompt_insertion import NUMBERS
-from mpt_jax.prompts.base import PromptContext, row_axes
+from mpt_jax.prompts.base import row_axes
 from mpt_jax.prompts.row_ops import numbers_within_rows
 from mpt_jax.prompts.sites import IMAGE, TEXT, SiteContext, SitePrompts
 
 BACKBONE = r"(image_encoder|text_encoder)/.*|logit_scale"
-FEATURES = "class_features"
 
 
-class PromptedDualEncoder(ClassInterface, Model):
+class PromptedDualEncoder(ClassScores, ClassInterface, Model):
     """A dual encoder that compares images with class texts.
 
     Args:
@@ -176,8 +176,9 @@ class PromptedDualEncoder(ClassInterface, Model):
 
     def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
         """Returns the method's initial parameters, given the text encoder's token embeddings."""
-        width = self.module.config.image.emb_dim
-        context = SiteContext(embedding, self.input_vocabulary, width)
+        config = self.module.config
+        width, joint = config.image.emb_dim, config.joint_dim
+        context = SiteContext(embedding, self.input_vocabulary, width, joint or width)
         return self.prompt.init(key, self.runs, context)
 
     def get_initial_variables(
@@ -218,116 +219,15 @@ class PromptedDualEncoder(ClassInterface, Model):
         return {**rest, FEATURES: {"table": table}}
 
     def params_for_evaluation(self, params: Params) -> Params:
-        """Returns parameters with the features of all class texts."""
-        if FEATURES in params:
+        """Returns parameters with the features of all class texts, unless these depend on the
+        image."""
+        if FEATURES in params or self.prompt.reads_image:
             return params
         return {**params, FEATURES: {"table": self._encode_texts(params)}}
 
     @functools.cached_property
     def _encode_texts(self) -> Callable[[Params], Array]:
         return jax.jit(lambda params: self.text_features(params))
-
-    # --- Forward ---------------------------------------------------------------------------------
-
-    def logits(
-        self, params: Params, batch: Batch, prompt_rng: Key | None = None
-    ) -> Float[Array, "B _"]:
-        """Returns the scaled cosines with the classes that compete.
-
-        Args:
-            params: the whole parameter tree.
-            batch: the batch contract's features.
-            prompt_rng: the random key of methods that draw prompts.
-
-        Returns:
-            `own_logits` [B, C], or logits [B, N] over all entries of the bank if `softmax` is
-            `'union'`; minus infinity at classes that do not compete.
-        """
-        if self.objective.softmax == class_losses.OWN:
-            return self.own_logits(params, batch, prompt_rng)
-        images, texts, scale = self._features(params, batch, prompt_rng)
-        competes = self.bank.competes(batch["task_ids"])
-        return jnp.where(competes, scale * cosines(images, texts), -jnp.inf)
-
-    def own_logits(
-        self,
-        params: Params,
-        batch: Batch,
-        prompt_rng: Key | None = None,
-        texts: Float[Array, "N U"] | None = None,
-    ) -> Float[Array, "B C"]:
-        """Returns the scaled cosines with the classes of each example's task, in the order of their
-        ids; minus infinity at classes that the task does not have. `texts` are the features of
-        class texts, if they are known."""
-        images, texts, scale = self._features(params, batch, prompt_rng, texts)
-        scores = self.bank.own_cosines(images, texts, batch)
-        return jnp.where(self.bank.is_own(batch["task_ids"]), scale * scores, -jnp.inf)
-
-    def _features(
-        self, params: Params, batch: Batch, prompt_rng: Key | None, texts: Array | None = None
-    ) -> tuple[Float[Array, "B U"], Float[Array, "N U"], Float[Array, ""]]:
-        """Returns the features of images and of class texts, and the scale of their cosines."""
-        key = None if prompt_rng is None else jax.random.fold_in(prompt_rng, 2)
-        images = self.image_features(params, batch, key)
-        texts = self.text_features(params, batch, key) if texts is None else texts
-        return images, texts, jnp.exp(params["logit_scale"].astype(jnp.float32))
-
-    def image_features(
-        self, params: Params, batch: Batch, key: Key | None = None
-    ) -> Float[Array, "B U"]:
-        """Returns the normalized features of a batch's images, or its `image_features` if it has
-        them (`training.image_cache`).
-
-        Args:
-            params: the parameters; without a prompt in the image encoder, only the backbone's.
-            batch: the batch contract's features.
-            key: the random key of methods that draw prompts.
-        """
-        if "image_features" in batch:
-            if IMAGE in self.prompt.parts:
-                raise ValueError(
-                    "The batch has image_features, but the features of this model depend on its "
-                    "image tokens. Pass the images in the feature 'image'."
-                )
-            return batch["image_features"]
-        prompts = None
-        if IMAGE in self.prompt.parts:
-            given = PromptContext(key=key, numbers=batch.get(NUMBERS))
-            prompts = self.prompt.compose_site(
-                IMAGE, params["prompt"], self.runs, batch["task_ids"], given
-            )
-        variables = _variables(params, "image_encoder")
-        encode = functools.partial(self.module.apply, variables, method="encode_image")
-        return _normalized(encode(batch["image"], prompts))
-
-    def text_features(
-        self, params: Params, batch: Batch | None = None, key: Key | None = None
-    ) -> Float[Array, "N U"]:
-        """Returns the normalized features of the class texts of all runs or, without a context, of
-        all classes.
-
-        Args:
-            params: the whole parameter tree.
-            batch: if given, texts of runs that are not in it may be left out.
-            key: the random key of methods that draw prompts.
-        """
-        if FEATURES in params:
-            return params[FEATURES]["table"]
-        prompts = None
-        if TEXT in self.prompt.parts:
-            rows = jnp.arange(self.runs.num_rows)
-            given = PromptContext(key=key)
-            prompts = self.prompt.compose_site(TEXT, params["prompt"], self.runs, rows, given)
-        variables = _variables(params, "text_encoder")
-
-        def encode(tokens: Array, rows: Array | None, slots: Array, eot: Array) -> Array:
-            embedded: Any = self.module.apply(variables, tokens, method="embed_tokens")
-            if rows is not None:
-                embedded = jnp.where(slots[..., None] > 0, rows.astype(embedded.dtype), embedded)
-            return _normalized(self.module.apply(variables, embedded, eot, method="encode_text"))
-
-        whole_groups = self.objective.softmax == class_losses.UNION
-        return self.bank.encode(encode, prompts, batch, self.text_chunk, whole_groups)
 
     # --- Batches and loss ------------------------------------------------------------------------
 
@@ -423,18 +323,6 @@ def _check_lengths(prompt: SitePrompts, runs: Runs) -> None:
                 f"The prompts of {site} have different lengths ({shown} positions), but all runs "
                 "need the same. Set PRIVATE_LENGTH to one number."
             )
-
-
-def _variables(params: Params, tower: str) -> dict[str, Any]:
-    """Returns the variables that the module needs to run one tower, which does not read the scale
-    but declares it."""
-    return {"params": {tower: params[tower], "logit_scale": params.get("logit_scale", 0.0)}}
-
-
-def _normalized(features: Array) -> Float[Array, "n U"]:
-    """Returns features divided by their norms, float32."""
-    features = features.astype(jnp.float32)
-    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
 def _axes(names: tuple[str, ...]) -> nn.partitioning.AxisMetadata:

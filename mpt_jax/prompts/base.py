@@ -62,11 +62,13 @@ class PromptContext(NamedTuple):
             prompt used for evaluation and serving.
         numbers: [...] the number of each example among those of its run in the whole batch, from 0,
             for methods that draw for each example; None counts the given examples.
+        image_features: [..., U] normalized features of the images, for methods with `reads_image`.
     """
 
     pooled: Float[Array, "... H"] | None = None
     key: Key | None = None
     numbers: Int[Array, "..."] | None = None
+    image_features: Float[Array, "... U"] | None = None
 
 
 NO_CONTEXT = PromptContext()
@@ -87,6 +89,7 @@ class PromptMethod(Protocol):
             has one entry per group if its first axis is `'groups'`, and one per bank row if it is
             `'tasks'`.
         reads_text: whether a prompt depends on the text that follows it.
+        reads_image: whether a prompt depends on the image that is classified.
         is_random: whether prompts are composed with random draws in training.
         needs_artifact: whether training requires an initial artifact.
         depends_on_run_names: whether prompts depend on run names, not only on bank rows and
@@ -101,11 +104,17 @@ class PromptMethod(Protocol):
     labels: Rules
     axes: dict[str, tuple[str, ...]]
     reads_text: bool = False
+    reads_image: bool = False
     is_random: bool = False
     needs_artifact: bool = False
     depends_on_run_names: bool = False
     schedule_steps: int = 0
     candidates: tuple[str, ...] = ()
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether a prompt depends on the example, so that a run has no plain prompt."""
+        return self.reads_text or self.reads_image
 
     def init(self, key: Key, runs: Runs, context: InitContext) -> dict[str, Array]:
         """Returns initial parameters, which depend on the key and run names, not on bank rows."""

@@ -46,19 +46,20 @@ def plain_weights(method: PromptMethod, params: Params, runs: Runs) -> Float[np.
         NotImplementedError: the method does not mix prompts.
         ValueError: prompts depend on the text.
     """
-    params = _without_text(method, params)
+    params = _without_input(method, params)
     return np.asarray(method.mixture(params, runs, jnp.arange(runs.num_rows)))
 
 
 def _every_prompt(method: PromptMethod, params: Params, runs: Runs) -> Float[Array, "K P H"]:
-    return method.compose(_without_text(method, params), runs, jnp.arange(runs.num_rows))
+    return method.compose(_without_input(method, params), runs, jnp.arange(runs.num_rows))
 
 
-def _without_text(method: PromptMethod, params: Params) -> Params:
-    """Returns the parameters as JAX arrays; raises ValueError if prompts depend on the text."""
-    if method.reads_text:
+def _without_input(method: PromptMethod, params: Params) -> Params:
+    """Returns the parameters as JAX arrays; raises ValueError if prompts depend on the example."""
+    if method.reads_input:
+        what = "text that follows them" if method.reads_text else "image"
         raise ValueError(
-            f"Prompts of the method {method.name!r} depend on the text that follows them, so a "
+            f"Prompts of the method {method.name!r} depend on the {what}, so a "
             "task has no single prompt to materialize or to initialize another method from. Use "
             f"this artifact with the method {method.name!r}, or choose another artifact."
         )

@@ -43,9 +43,11 @@ class SiteContext(InitContext):
 
     Attributes:
         image_width: H of the image encoder.
+        joint_dim: U, the width of the features that are compared.
     """
 
     image_width: int = 0
+    joint_dim: int = 0
 
 
 @register_composite
@@ -87,6 +89,12 @@ class SitePrompts(PromptMethod):
                     f"SitePrompts.{site} is another SitePrompts, but a site has one prompt. Set it "
                     "to a method such as @prompt_tuning.PromptTuning()."
                 )
+            if method.reads_image and (site == IMAGE or self.text_classes):
+                raise ValueError(
+                    f"The prompts of the method {method.name!r} depend on the image's feature, so "
+                    f"it can only compose one context for all classes of a task, not {site} in "
+                    f"{self.text_classes} classes. Set it as text_context, with TEXT_CLASSES = 0."
+                )
             if method.reads_text:
                 raise ValueError(
                     f"The prompts of the method {method.name!r} depend on an input text, but the "
@@ -126,6 +134,11 @@ class SitePrompts(PromptMethod):
             for site, method in self.parts.items()
             for name, axes in method.axes.items()
         }
+
+    @property
+    def reads_image(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the context depends on the image."""
+        return any(method.reads_image for method in self.parts.values())
 
     @property
     def is_random(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
