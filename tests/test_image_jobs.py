@@ -74,7 +74,7 @@ def test_coop_target_trains_and_records_its_scores(clip, coop, tmp_path):
     found = config(folder)
     assert found["run_names"] == list(PAIR) and found["groups"] == [0, 1]
     assert found["metrics"]["scores"] == scores and found["step"] == 4
-    assert found["shapes"] == {"text_context/table": [2, 2, 16]}
+    assert found["shapes"] == {"text_context/shared": [2, 2, 16]}
     assert len(found["image_transform_sha256"]) == 64
     classes = {name: list(image_jobs.CLASSES[name]) for name in PAIR}
     assert {name: x["names"] for name, x in found["images"]["tasks"].items()} == classes
@@ -89,7 +89,7 @@ def test_coop_target_trains_and_records_its_scores(clip, coop, tmp_path):
     assert set(record["data"]) == set(PAIR)
     run_job(["coop_target"], bindings(clip, tmp_path, PAIR, **COOP, TRAIN_STEPS=0))
     first, last = prompts(tmp_path / "coop_target"), prompts(folder)
-    moved = np.abs(np.asarray(last["text_context/table"] - first["text_context/table"]))
+    moved = np.abs(np.asarray(last["text_context/shared"] - first["text_context/table"]))
     assert (moved.max((1, 2)) > 1e-5).all()  # of each run
 
 
@@ -97,7 +97,7 @@ def test_vpt_target_with_augmentation_trains(vpt):
     root, scores = vpt
     found = config(root / "vpt_target")
     # Three layers of two tokens in each of two runs.
-    assert found["shapes"] == {"image_tokens/table": [2, 6, 24]}
+    assert found["shapes"] == {"image_tokens/shared": [2, 6, 24]}
     assert found["metrics"]["scores"] == scores
 
 
@@ -216,7 +216,7 @@ def test_target_starts_from_the_shared_prompt_of_a_source_stage(clip, tmp_path):
     assert config(tmp_path / "source")["groups"] == [0, 0]
     start = {"INITIAL_ARTIFACT": str(tmp_path / "source" / "artifact"), "TRAIN_STEPS": 0}
     run_job(["coop_target"], bindings(clip, tmp_path, ["job_tags"], **COOP, **start))
-    target = prompts(tmp_path / "coop_target")["text_context/table"]
+    target = prompts(tmp_path / "coop_target")["text_context/shared"]
     np.testing.assert_array_equal(target[0], source["text_context/shared"][0])
     started = config(tmp_path / "coop_target")["started_from"]
     assert started["artifact_sha256"]
@@ -343,4 +343,4 @@ def test_infer_scores_that_are_not_finite_are_written(clip, coop, tmp_path, monk
 def test_artifact_holds_prompts_only(coop):
     root, _ = coop
     params = artifacts.load_artifact(root / "coop_target" / "artifact").params
-    assert list(flatten(params)) == ["text_context/table"]
+    assert list(flatten(params)) == ["text_context/shared"]

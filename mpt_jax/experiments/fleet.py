@@ -149,6 +149,14 @@ def run_names(fleet: Fleet) -> list[str]:
     return [member.name for member in fleet.members]
 
 
+def joint_groups(fleet: Fleet) -> list[int]:
+    """Returns the group of every run: runs that differ only in their task are trained jointly, so a
+    job trains a shared prompt for each seed and setting."""
+    rest = [member.name.removeprefix(member.task) for member in fleet.members]
+    number = {name: group for group, name in enumerate(dict.fromkeys(rest))}
+    return [number[name] for name in rest]
+
+
 def learning_rates(fleet: Fleet) -> int | float | list[int | float] | None:
     """Returns the peak learning rate of every run, or one number if all are equal; None if the
     fleet sets none."""

@@ -7,6 +7,7 @@ MPT paper's ablation (arXiv 2303.02861) it is the student without decomposition.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 
@@ -14,6 +15,8 @@ from mpt_jax.prompts.base import NO_CONTEXT, PromptMethod, register, source_rows
 from mpt_jax.prompts.init import PromptInits, SampledVocabulary, initial_prompts
 from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.row_ops import first_row_of_groups, gather_rows
+from mpt_jax.prompts.spot import SourceTable
+from mpt_jax.prompts.warm_start import group_weights, source_weights, weighted_mean
 
 SHARED = "shared"
 
@@ -28,13 +31,14 @@ class SharedPrompt(PromptMethod):
         init_prompt: the initializer of each group's prompt.
         start_from: the prompt of the initial artifact to start from: `'average'` (the mean over
             all runs), the name of one run, `'same'` (for each group, the run with the name of the
-            group's first run), or `'shared'` (the prompt that the artifact's tasks share; for MPT,
-            P* without factors).
+            group's first run), `'shared'` (the prompt that the artifact's tasks share; for MPT, P*
+            without factors), or a table of weights by run (`warm_start`), whose mean over the
+            runs of a group is taken.
     """
 
     prompt_length: int
     init_prompt: PromptInits = SampledVocabulary()
-    start_from: str = "average"
+    start_from: str | SourceTable = "average"
 
     name = "shared_prompt"
     labels = ((r"shared", "shared"),)
@@ -56,6 +60,9 @@ class SharedPrompt(PromptMethod):
         if self.start_from == "same":
             names = [runs.run_names[row] for row in first_row_of_groups(runs)]
             return {"shared": prompts[jnp.asarray([source_runs.row(name) for name in names])]}
+        if isinstance(self.start_from, Mapping):
+            weights = group_weights(source_weights(self.start_from, source_runs, runs), runs)
+            return {"shared": weighted_mean(weights, prompts)}
         rows = jnp.asarray(source_rows(source_runs, self.start_from))
         return {"shared": self._repeat(prompts[rows].mean(0), runs)}
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 
 from mpt_jax.core import schema
 from mpt_jax.core.runs import unknown_name
@@ -24,7 +25,7 @@ from mpt_jax.prompts.base import FLOAT32, NO_CONTEXT, register_composite
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.row_ops import gather_rows
 from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
-from mpt_jax.prompts.warm_start import shared_groups, source_weights
+from mpt_jax.prompts.warm_start import group_weights, source_weights, weighted_mean
 
 TOKENS, NONE = "tokens", "none"
 PRE_LN, UPT_PAPER = "pre_ln", "upt_paper"
@@ -227,8 +228,8 @@ class UPT(SitePrompts):
         return plain, tables
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
-        """Starts each site and the transformer from those of the artifact of the same group, which
-        the `start_from` of the text context determines."""
+        """Starts each site from the same site of the artifact, before it is mixed, and the
+        transformer from the mean of those of the groups that the text context starts from."""
         if not isinstance(source_method, UPT) or source_method.transformer != self.transformer:
             theirs = getattr(source_method, "transformer", None)
             raise ValueError(
@@ -239,9 +240,9 @@ class UPT(SitePrompts):
         sites = SitePrompts(**{name: getattr(self, name) for name in _SITE_FIELDS})
         theirs = SitePrompts(**{name: getattr(source_method, name) for name in _SITE_FIELDS})
         started = sites.transfer(source, theirs, source_runs, runs, initial)
-        weights = source_weights(self.start_from[TEXT], source_runs, runs)
-        groups = jnp.asarray(shared_groups(weights, source_runs, runs))
-        own = jax.tree.map(lambda x: jnp.asarray(x)[groups], source[TRANSFORMER])
+        weights = group_weights(source_weights(self.start_from[TEXT], source_runs, runs), runs)
+        of_group = np.eye(source_runs.num_groups)[np.asarray(source_runs.group_of_row)]
+        own = jax.tree.map(lambda x: weighted_mean(weights @ of_group, x), source[TRANSFORMER])
         return {**started, TRANSFORMER: own}
 
     def for_inference(self, params):

@@ -86,6 +86,14 @@ def named_sources(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def group_weights(weights: np.ndarray, runs: Runs) -> np.ndarray:
+    """Returns the weight [G, S] of each source row in the initial value of each group: the mean
+    over the group's runs of their weights [K, S], each of which adds up to one."""
+    relative = weights / weights.sum(-1, keepdims=True)
+    groups = np.asarray(runs.group_of_row)
+    return np.stack([relative[groups == group].mean(0) for group in range(runs.num_groups)])
+
+
 def weighted_mean(weights: np.ndarray, rows: np.ndarray | Array) -> Array:
     """Returns means [K, ...] of rows [S, ...] with weights [K, S].
 
