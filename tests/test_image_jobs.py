@@ -194,32 +194,37 @@ def test_photos_in_folders_of_several_sizes_train(clip, tmp_path, own_tasks):
 
 # --- Stages --------------------------------------------------------------------------------------
 
-SOURCE = """
-from __gin__ import dynamic_registration
-from mpt_jax.prompts import shared_prompt
-from mpt_jax.prompts import sites
-sites.SitePrompts.text_context = @shared_prompt.SharedPrompt()
-shared_prompt.SharedPrompt.prompt_length = %CONTEXT_LENGTH
-shared_prompt.SharedPrompt.init_prompt = %CONTEXT_INIT
-STAGE = 'source'
-GROUPS = 'joint'
-"""
+UPT_ONLY = ("IMAGE_TOKENS", "MIXER_WIDTH")
+UPT = {"CONTEXT_LENGTH": 2, "IMAGE_TOKENS": 2, "MIXER_WIDTH": 8, "STEPS_PER_EPOCH": 1}
 
 
 @pytest.mark.slow
-def test_target_starts_from_the_shared_prompt_of_a_source_stage(clip, tmp_path):
-    (tmp_path / "source.gin").write_text(SOURCE)
-    files = ["coop_target", str(tmp_path / "source.gin")]
-    run_job(files, bindings(clip, tmp_path, PAIR, **COOP))
-    source = prompts(tmp_path / "source")
-    assert {name: x.shape for name, x in source.items()} == {"text_context/shared": (1, 2, 16)}
-    assert config(tmp_path / "source")["groups"] == [0, 0]
-    start = {"INITIAL_ARTIFACT": str(tmp_path / "source" / "artifact"), "TRAIN_STEPS": 0}
-    run_job(["coop_target"], bindings(clip, tmp_path, ["job_tags"], **COOP, **start))
-    target = prompts(tmp_path / "coop_target")["text_context/shared"]
-    np.testing.assert_array_equal(target[0], source["text_context/shared"][0])
-    started = config(tmp_path / "coop_target")["started_from"]
-    assert started["artifact_sha256"]
+@pytest.mark.parametrize("method", ["upt", "coop", "cocoop"])
+def test_mvlpt_target_starts_from_the_mean_of_the_draws_of_the_source_stage(
+    clip, tmp_path, method, caplog
+):
+    files = [] if method == "upt" else [f"methods/{method}"]
+    own = {name: x for name, x in UPT.items() if method == "upt" or name not in UPT_ONLY}
+    if method == "cocoop":
+        own["CONTEXT_INIT"] = "@init.Normal()"
+    draws = {"SOURCE_TASKS": list(PAIR), "SHOTS": [2], "SEEDS": [1, 2], "AUGMENTATION": None}
+    given = bindings(clip, tmp_path, [], **{**draws, **own})
+    run_job(["mvlpt_source", *files], [x for x in given if not x.startswith("TARGET_TASKS")])
+    source = prompts(tmp_path / "mvlpt_source")
+    assert config(tmp_path / "mvlpt_source")["groups"] == [0, 1, 0, 1]
+    assert {len(x) for x in source.values()} == {2}
+    moved = [np.abs(x[0] - x[1]).max() for x in source.values()]
+    assert max(moved) > 1e-3  # the draws have prompts of their own
+    with caplog.at_level("WARNING", logger="absl"):
+        run_job(["mvlpt_target", *files], bindings(clip, tmp_path, PAIR, **own, TRAIN_STEPS=0))
+    assert "its image_transform_sha256 is" in caplog.text  # crop, then squash
+    target = prompts(tmp_path / "mvlpt_target")
+    assert target.keys() == source.keys()
+    for name, value in target.items():
+        mean = np.mean(source[name], 0)
+        np.testing.assert_allclose(value, np.stack([mean, mean]), rtol=1e-5, atol=1e-7)
+    scores = run_job(["mvlpt_target", *files], bindings(clip, tmp_path, PAIR, **own))
+    assert set(scores) == set(PAIR)
 
 
 def test_failed_run_does_not_end_the_evaluation_of_others(clip, coop, tmp_path):

@@ -27,7 +27,6 @@ class ClassInterface:
         params: Params,
         batch: Batch,
         return_intermediates: bool = False,
-        texts: Float[Array, "N U"] | None = None,
     ) -> Float[Array, "B C"]:
         """Returns the log probability of each class of the example's task, in nats; minus infinity
         at classes that do not exist. In a multi-label task, every class has its own probability.
@@ -36,7 +35,6 @@ class ClassInterface:
             params: the whole parameter tree.
             batch: the batch contract's features; labels are not used.
             return_intermediates: T5X's; must be False.
-            texts: the features of the class texts (`text_features`), if they are known.
 
         Raises:
             ValueError: intermediates are requested.
@@ -45,7 +43,7 @@ class ClassInterface:
             raise ValueError(
                 "score_batch cannot return intermediates. Set return_intermediates to False."
             )
-        logits = self.own_logits(params, batch, texts=texts)
+        logits = self.own_logits(params, batch)
         multi = jnp.asarray(self.bank.is_multi_label)[batch["task_ids"]][:, None]
         return jnp.where(multi, jax.nn.log_sigmoid(logits), jax.nn.log_softmax(logits))
 

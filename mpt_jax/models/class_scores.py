@@ -62,19 +62,16 @@ class ClassScores:
         params: Params,
         batch: Batch,
         prompt_rng: Key | None = None,
-        texts: Float[Array, "N U"] | None = None,
     ) -> Float[Array, "B C"]:
         """Returns the scaled cosines with the classes of each example's task, in the order of their
-        ids; minus infinity at classes that the task does not have. `texts` are the features of
-        class texts, if they are known."""
+        ids; minus infinity at classes that the task does not have."""
         key, task_ids = _key(prompt_rng), batch["task_ids"]
         images = self.image_features(params, batch, key)
         if self.prompt.reads_image:
             entries = self.bank.entries(task_ids)
             scores = self._cosines_of_images(params, batch, images, entries, key)
         else:
-            texts = self.text_features(params, batch, key) if texts is None else texts
-            scores = self.bank.own_cosines(images, texts, batch)
+            scores = self.bank.own_cosines(images, self.text_features(params, batch, key), batch)
         return jnp.where(self.bank.is_own(task_ids), _scale(params) * scores, -jnp.inf)
 
     def _cosines_of_images(
@@ -178,7 +175,7 @@ def _variables(params: Params, tower: str) -> dict[str, Any]:
     return {"params": {tower: params[tower], "logit_scale": params.get("logit_scale", 0.0)}}
 
 
-def _normalized(features: Array) -> Float[Array, "n U"]:
+def _normalized(features: Any) -> Float[Array, "n U"]:
     """Returns features divided by their norms, float32."""
     features = features.astype(jnp.float32)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)

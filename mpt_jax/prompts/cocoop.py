@@ -13,13 +13,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpt_jax.core.shapes import Array, Params
 from mpt_jax.prompts.base import FLOAT32, NO_CONTEXT, PromptMethod, register
 from mpt_jax.prompts.init import Normal, PromptInits
 from mpt_jax.prompts.row_ops import Grouped, gather_rows
 from mpt_jax.prompts.shared_prompt import SharedPrompt
-from mpt_jax.prompts.warm_start import shared_groups, source_weights
+from mpt_jax.prompts.warm_start import group_weights, source_weights, weighted_mean
 
 _META_NET = ("kernel_in", "bias_in", "kernel_out", "bias_out")
 _REDUCTION = 16  # of the meta-net's hidden layer, in the paper
@@ -88,13 +89,13 @@ class CoCoOp(PromptMethod):
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         """Starts the context from the plain prompts of any artifact, and the meta-net from new
-        values; from an artifact of CoCoOp, both from one group."""
+        values; from an artifact of CoCoOp, both from the mean of its groups."""
         if source_method.name != self.name:
             context = self._context.transfer(source, source_method, source_runs, runs)
             return {**initial(), **context}
-        weights = source_weights(self.start_from, source_runs, runs)
-        groups = jnp.asarray(shared_groups(weights, source_runs, runs))
-        return {name: jnp.asarray(values)[groups] for name, values in source.items()}
+        weights = group_weights(source_weights(self.start_from, source_runs, runs), runs)
+        of_group = np.eye(source_runs.num_groups)[np.asarray(source_runs.group_of_row)]
+        return {name: weighted_mean(weights @ of_group, x) for name, x in source.items()}
 
     @property
     def _context(self) -> SharedPrompt:

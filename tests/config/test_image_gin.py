@@ -15,6 +15,7 @@ from tests.fixtures.gin_files import abstract_params, parse, trained, value
 pytestmark = pytest.mark.usefixtures("own_trainer")
 
 COOP, VPT = "gin/coop_target.gin", "gin/vpt_target.gin"
+SOURCE, TARGET = "gin/mvlpt_source.gin", "gin/mvlpt_target.gin"
 STAGES = [COOP, VPT]
 PAIR = ("job_pets", "job_shapes")
 
@@ -43,6 +44,47 @@ def test_stage_trains_the_published_number_of_parameters(name, numbers, tokenize
     parse([name], full(tokenizer, image_jobs.ARRAYS))  # independent runs
     assert value("MODEL").runs.num_groups == 3 and value("GLOBAL_BATCH_SIZE") == 3 * 32
     assert trained(value("MODEL")) == 3 * numbers
+
+
+@pytest.mark.parametrize(
+    ("method", "numbers"),
+    [
+        ((), 566_400),
+        pytest.param(("gin/methods/coop.gin",), 16 * 512, marks=pytest.mark.slow),
+        pytest.param(("gin/methods/vpt.gin",), 12 * 16 * 768, marks=pytest.mark.slow),
+        (("gin/methods/cocoop.gin",), 35_360),
+    ],
+)
+def test_mvlpt_stages_train_a_prompt_for_each_draw(method, numbers, tokenizer):
+    tasks = {"SOURCE_TASKS": list(PAIR), "TASK_MODULES": [image_jobs.__name__]}
+    given = {"CLIP_TOKENIZER": str(tokenizer), "INITIAL_CHECKPOINT_PATH": "none", **tasks}
+    parse([SOURCE, *method], [f"{name} = {x!r}" for name, x in given.items()])
+    model = value("MODEL")
+    names = [f"{task}_k20_per_class_s{seed}" for task in PAIR for seed in (1, 2, 3)]
+    assert list(model.runs.run_names) == names and list(model.runs.task_names) == [
+        task for task in PAIR for _ in range(3)
+    ]
+    assert list(model.runs.group_of_row) == [0, 1, 2] * 2
+    assert value("GLOBAL_BATCH_SIZE") == 3 * 32
+    assert trained(model) == 3 * numbers
+    parse([TARGET, *method], full(tokenizer, PAIR))
+    model = value("MODEL")
+    assert model.runs.num_groups == 2 and trained(model) == 2 * numbers
+    assert model.image_transform == ImageTransform(224, "squash")
+    assert value("INITIAL_ARTIFACT").endswith("mvlpt_source/artifact")
+
+
+def test_mvlpt_source_stage_has_the_published_recipe(tokenizer):
+    tasks = {"SOURCE_TASKS": list(PAIR), "TASK_MODULES": [image_jobs.__name__]}
+    given = {"CLIP_TOKENIZER": str(tokenizer), "INITIAL_CHECKPOINT_PATH": "none", **tasks}
+    parse([SOURCE], [f"{name} = {x!r}" for name, x in given.items()])
+    model = value("MODEL")
+    schedule = model.optimizer_def.learning_rates["shared"]
+    assert schedule.total_steps == 200 * schedule.steps_per_epoch and schedule.peak == 0.002
+    # 20 images of each of the 2,191 classes, 32 in a step.
+    assert schedule.steps_per_epoch == 20 * 2191 // 32
+    assert model.augmentation == Augmentation(224)
+    assert model.image_transform == ImageTransform(224)
 
 
 def test_names_of_models_change_the_size(tokenizer):

@@ -19,6 +19,7 @@ from safetensors.numpy import save
 import mpt_jax
 from mpt_jax.core import schema
 from mpt_jax.core.tree import unflatten
+from mpt_jax.models.class_scores import FEATURES
 from mpt_jax.prompts.sites import IMAGE
 from mpt_jax.runtime.files import new_folder
 from mpt_jax.serving.export.loading import BACKBONE, CONFIG, FORMAT, IMAGES, PROMPTS, SCORE, SEAL
@@ -44,9 +45,12 @@ def write_images(folder: Path, server: ImageServer, settings: Settings) -> dict[
     """
     check_new(folder)
     params = server.params
-    backbone = {name: params[name] for name in ("image_encoder", "logit_scale")}
-    tokens = {IMAGE: params["prompt"][IMAGE]} if IMAGE in params["prompt"] else {}
-    arguments = {"backbone": flat(backbone), "prompts": flat({**tokens, CLASSES: server.texts})}
+    backbone = {name: x for name, x in params.items() if name not in ("prompt", FEATURES)}
+    prompts = params["prompt"]
+    if FEATURES in params:  # in place of the contexts
+        tokens = {IMAGE: prompts[IMAGE]} if IMAGE in prompts else {}
+        prompts = {**tokens, CLASSES: params[FEATURES]["table"]}
+    arguments = {"backbone": flat(backbone), "prompts": flat(prompts)}
     lowered = _lowered(server, arguments, settings)
     weights = save(arguments["backbone"])
     files = {PROMPTS: save(arguments["prompts"]), SCORE: bytes(lowered.serialize())}
@@ -83,10 +87,11 @@ def _lowered(server: ImageServer, arguments: dict[str, Any], settings: Settings)
     size = server.inputs.transform["size"]
 
     def score(backbone, prompts, images, rows):
-        tokens = {name: x for name, x in prompts.items() if name != CLASSES}
-        params = {**unflatten(backbone), "prompt": unflatten(tokens)}
-        batch = {"image": images, "task_ids": rows}
-        return server.model.score_batch(params, batch, texts=prompts[CLASSES])
+        sites = {name: x for name, x in prompts.items() if name != CLASSES}
+        params = {**unflatten(backbone), "prompt": unflatten(sites)}
+        if CLASSES in prompts:
+            params[FEATURES] = {"table": prompts[CLASSES]}
+        return server.model.score_batch(params, {"image": images, "task_ids": rows})
 
     (batch,) = export.symbolic_shape("b", constraints=["b >= 1"])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)

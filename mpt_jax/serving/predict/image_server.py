@@ -25,10 +25,12 @@ from mpt_jax.batching.clip_tokenizer import ClipTokenizer
 from mpt_jax.convert.clip import load_clip, read_clip_config
 from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs
+from mpt_jax.core.shapes import Params
 from mpt_jax.core.tree import flatten
+from mpt_jax.models.class_scores import FEATURES
 from mpt_jax.models.class_texts import ClassTexts, TaskClasses, class_texts
 from mpt_jax.models.dual_encoder import PromptedDualEncoder
-from mpt_jax.prompts.base import params_of_parts
+from mpt_jax.prompts.base import PromptMethod, params_of_parts
 from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
@@ -61,7 +63,8 @@ class ImageServer:
 
     Args:
         model: the model, with one run per name.
-        params: its parameters.
+        params: its parameters; the server keeps the features of all classes instead of the text
+            encoder, unless they depend on the image.
         inputs: how inputs are made.
         batch_size: the number of images that are encoded at a time.
         digests: what answers depend on besides the requests, for resumable outputs.
@@ -69,7 +72,6 @@ class ImageServer:
     Attributes:
         names: the names that requests can use.
         model, params, inputs: the arguments.
-        texts: the features [N,U] of all classes.
     """
 
     def __init__(
@@ -82,12 +84,12 @@ class ImageServer:
     ):
         self.names = model.runs.run_names
         self.digests = digests
-        self.model, self.params, self.inputs = model, params, inputs
-        self.texts = jax.jit(model.text_features)(params)
+        self.model, self.inputs = model, inputs
+        self.params = model.params_for_evaluation(params)
+        if FEATURES in self.params:
+            self.params = {n: x for n, x in self.params.items() if n != "text_encoder"}
         self._batch_size = batch_size
-        self._score = jax.jit(
-            lambda params, batch, texts: model.score_batch(params, batch, texts=texts)
-        )
+        self._score = jax.jit(model.score_batch)
 
     @classmethod
     def load(
@@ -176,7 +178,7 @@ class ImageServer:
                 "image": np.stack([part[row][1].image for row in rows]),
                 "task_ids": np.array([part[row][1].row for row in rows], np.int32),
             }
-            scores = np.asarray(self._score(self.params, batch, self.texts))
+            scores = np.asarray(self._score(self.params, batch))
             for (index, request), row in zip(part, scores, strict=False):
                 answers[index] = {**request.label, **self._answer(request, row)}
         return answers
@@ -257,29 +259,47 @@ def _plain(found: Sequence[Artifact]) -> tuple[SitePrompts, dict[str, Any]]:
     Raises:
         ValueError: the artifacts have prompts at other sites or of other lengths.
     """
-    tables: dict[str, list[np.ndarray]] = {}
+    tables: dict[str, list[tuple[PromptMethod, Params]]] = {}
     shapes: dict[str, list[str]] = {}
     for artifact in found:
         parts = params_of_parts(artifact.method, artifact.params, artifact.runs)
         method: Any = artifact.method
-        sizes = [f"{name} of {part.prompt_length} rows" for name, (part, _) in parts.items()]
+        sizes = [
+            f"{name} of {part.prompt_length} rows" + f" ({part.name})" * part.reads_image
+            for name, (part, _) in parts.items()
+        ]
         shape = f"{' and '.join(sizes)} in {method.image_layers} layers"
         shapes.setdefault(f"{shape}, {method.text_classes} classes", []).append(artifact.path)
         for name, (part, values) in parts.items():
-            tables.setdefault(name, []).append(np.asarray(materialize(part, values, artifact.runs)))
+            tables.setdefault(name, []).append(_by_row(part, values, artifact.runs))
     if len(shapes) > 1:
         values = "; ".join(f"{shape} in {abbreviate(paths)}" for shape, paths in shapes.items())
         raise ValueError(
             f"These artifacts cannot be served together, since their prompts differ: {values}. Use "
             "only artifacts that agree."
         )
-    joined = {name: np.concatenate(parts) for name, parts in tables.items()}
-    methods: Any = {name: PromptTuning(table.shape[1]) for name, table in joined.items()}
+    methods: Any = {name: parts[0][0] for name, parts in tables.items()}
+    joined = {
+        name: jax.tree.map(lambda *x: jnp.concatenate(x), *(values for _, values in parts))
+        for name, parts in tables.items()
+    }
     first: Any = found[0].method
     method = SitePrompts(
         **methods, text_classes=first.text_classes, image_layers=first.image_layers
     )
-    return method, {name: {"table": jnp.asarray(table)} for name, table in joined.items()}
+    return method, joined
+
+
+def _by_row(
+    part: PromptMethod, values: Params, runs: Runs
+) -> tuple[PromptMethod, dict[str, np.ndarray]]:
+    """Returns plain prompts, as a method and its parameters; for prompts that depend on the image,
+    their method, with the parameters of each row's group."""
+    if part.reads_image:
+        groups = np.asarray(runs.group_of_row)
+        return part, {name: np.asarray(x)[groups] for name, x in values.items()}
+    table = np.asarray(materialize(part, values, runs))
+    return PromptTuning(table.shape[1]), {"table": table}
 
 
 def _inputs(found: Sequence[Artifact]) -> Inputs:
