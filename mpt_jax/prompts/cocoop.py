@@ -47,7 +47,7 @@ class CoCoOp(PromptMethod):
 
     name = "cocoop"
     reads_image = True
-    labels = ((r"shared|kernel_.*|bias_.*", "shared"),)
+    labels = ((r"(shared|kernel_.*|bias_.*)", "shared"),)
     axes = {
         "shared": ("groups", "prompt", "embed"),
         "kernel_in": ("groups", "joint", "rank"),

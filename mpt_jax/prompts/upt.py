@@ -68,7 +68,7 @@ class PromptTransformer:
     def axes(self, sites: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
         """Returns the logical axes of the parameters, for prompts at these sites."""
         names = self._shapes(dict.fromkeys(sites, 1))
-        return {name: ("groups", *("rank",) * len(shape)) for name, shape in names.items()}
+        return {name: ("groups", *("joint", "rank")[-len(x) :]) for name, x in names.items()}
 
     def init(self, key: Key, num_groups: int, widths: Mapping[str, int]) -> dict[str, Array]:
         """Returns initial parameters, equal in all groups, by path name.
