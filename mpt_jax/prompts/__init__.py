@@ -1,12 +1,22 @@
 """Prompt methods. Importing this package registers every method that ships with MPT-JAX."""
 
-from mpt_jax.prompts import attempt, mpt, no_prompt, prompt_tuning, shared_prompt, sites
+from mpt_jax.prompts import (
+    attempt,
+    cocoop,
+    mpt,
+    no_prompt,
+    prompt_tuning,
+    shared_prompt,
+    sites,
+    upt,
+)
 from mpt_jax.prompts.base import PromptMethod, get_method, method_names, register
 from mpt_jax.prompts.crosspt import crosspt
 
 __all__ = [
     "PromptMethod",
     "attempt",
+    "cocoop",
     "crosspt",
     "get_method",
     "method_names",
@@ -16,4 +26,5 @@ __all__ = [
     "register",
     "shared_prompt",
     "sites",
+    "upt",
 ]

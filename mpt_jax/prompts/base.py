@@ -312,8 +312,9 @@ def _of_json(kind: Any) -> Any:
 
 
 def method_names() -> tuple[str, ...]:
-    """Returns the names of all registered methods that compose one prompt, sorted."""
-    return tuple(sorted(_METHODS))
+    """Returns the names of all registered methods that compose one prompt, of a text or at a site
+    of an image model, sorted. Those that need an image are left out."""
+    return tuple(sorted(name for name, cls in _METHODS.items() if not cls.reads_image))  # type: ignore[attr-defined]
 
 
 def params_of_parts(

@@ -41,7 +41,8 @@ pytestmark = pytest.mark.usefixtures("own_trainer")
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gin").rglob("*.gin"))
 # tests/config/test_image_gin.py.
 OF_IMAGES = [f"gin/{name}.gin" for name in ("coop_target", "vpt_target", "tiny_vision")]
-OF_IMAGES += [f"gin/methods/{name}.gin" for name in ("coop", "vpt", "sgd")]
+OF_IMAGES += [f"gin/{name}.gin" for name in ("mvlpt_source", "mvlpt_target")]
+OF_IMAGES += [f"gin/methods/{name}.gin" for name in ("coop", "cocoop", "vpt", "upt", "sgd")]
 OF_IMAGES += ["gin/runs/image_cache.gin"]
 STAGES = [
     name for name in FILES if "\nSTAGE = " in (ROOT / name).read_text() and name not in OF_IMAGES

@@ -8,7 +8,13 @@ import pytest
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
 from mpt_jax.models.class_losses import ClassObjective
-from mpt_jax.prompts.base import PromptContext, method_from_config, method_names, row_axes
+from mpt_jax.prompts.base import (
+    PromptContext,
+    get_method,
+    method_from_config,
+    method_names,
+    row_axes,
+)
 from mpt_jax.prompts.cocoop import CoCoOp
 from mpt_jax.prompts.init import Normal
 from mpt_jax.prompts.materialize import materialize
@@ -75,7 +81,8 @@ def test_transfer():
 
 def test_protocol():
     method = CoCoOp(P)
-    assert "cocoop" in method_names() and method.reads_input
+    assert get_method("cocoop") is CoCoOp and method.reads_input
+    assert "cocoop" not in method_names()  # which all take texts
     assert method_from_config("cocoop", method.config(), "FILE") == method
     params = method.init(KEY, RUNS, CONTEXT)
     assert sorted(method.axes) == sorted(params)
