@@ -223,6 +223,46 @@ class EqualQuotas(Sampler):
         return tf.repeat(tf.range(len(weights), dtype=tf.int64), self.batch_size // len(weights))
 
 
+@dataclasses.dataclass(frozen=True)
+class LastOfEach(Sampler):
+    """Takes every example of a batch from the last task of each sequence, in equal parts. The K
+    tasks are several sequences of equal length, one after another. Weights are ignored.
+
+    A stage of a sequence trains only its newest task (`experiments.sequence`). The other tasks of a
+    job have no examples, so `absent_tasks = 'hold'` leaves their rows unchanged.
+
+    Attributes:
+        sequences: the number of sequences.
+    """
+
+    sequences: int = 1
+
+    def check(self, num_tasks: int) -> None:
+        if self.sequences < 1 or num_tasks % self.sequences or self.batch_size % self.sequences:
+            raise ValueError(
+                f"LastOfEach.sequences is {self.sequences}, which must divide the number of tasks "
+                f"({num_tasks}) and the batch size ({self.batch_size}). Correct SEQUENCES or "
+                "BATCH_SIZE."
+            )
+
+    def ignores_weights(self, num_tasks: int) -> str | None:
+        return "LastOfEach takes equal parts of every batch from the last task of each sequence"
+
+    def expected_shares(self, weights: np.ndarray) -> np.ndarray:
+        shares = np.zeros(len(weights))
+        shares[self._last(len(weights))] = 1 / self.sequences
+        return shares
+
+    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
+        del step
+        last = tf.constant(self._last(len(weights)), tf.int64)
+        return tf.repeat(last, self.batch_size // self.sequences)
+
+    def _last(self, num_tasks: int) -> np.ndarray:
+        length = num_tasks // self.sequences
+        return np.arange(length - 1, num_tasks, length)
+
+
 def _categorical(weights: np.ndarray, uniform: tf.Tensor) -> tf.Tensor:
     """Returns one index, drawn by `weights` [K], for each value of `uniform` from [0, 1)."""
     bounds = tf.constant(np.cumsum(weights)[:-1] / np.sum(weights))

@@ -19,12 +19,19 @@ from absl import logging
 
 from mpt_jax.core.comparison import abbreviate
 from mpt_jax.data.classes import is_image_task
-from mpt_jax.data.samplers import EqualQuotas, PerExample, Sampler, StochasticTasks
+from mpt_jax.data.samplers import (
+    EqualQuotas,
+    LastOfEach,
+    PerExample,
+    Sampler,
+    StochasticTasks,
+)
 from mpt_jax.data.task_lookup import find_task, import_suites
 from mpt_jax.data.token_tables import joined_lookup, read_table
 
 __all__ = [  # gin files name the samplers of this module
     "EqualQuotas",
+    "LastOfEach",
     "PerExample",
     "Sampler",
     "StochasticTasks",

@@ -1,4 +1,4 @@
-"""Class texts of a job's tasks, for the model of images."""
+"""Classes of a job's tasks and their texts, for the models of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import seqio
 from mpt_jax.backbones.clip.config import CLIPConfig
 from mpt_jax.data.classes import classes_of
 from mpt_jax.data.task_lookup import find_task, import_suites
-from mpt_jax.models.class_texts import ClassTexts, TaskClasses, class_texts
+from mpt_jax.models.class_texts import ClassTexts, TaskClasses, class_texts, untokenized
 
 
 def texts_of_tasks(
@@ -47,10 +47,38 @@ def texts_of_tasks(
             f"{config.text.vocab_size}. Set CLIP_TOKENIZER to the folder with the vocab.json and "
             "merges.txt of the backbone."
         )
+    tasks = _task_classes(task_names, modules, names_of)
+    return class_texts(tasks, tokenizer, config.text.context_length, context_length, position)
+
+
+def classes_of_tasks(
+    task_names: Sequence[str],
+    modules: Sequence[str] = (),
+    names_of: Callable[[seqio.Task], Sequence[str]] = lambda task: classes_of(task).names,
+) -> ClassTexts:
+    """Returns the classes of registered image tasks, for a model that reads no texts; the arguments
+    are those of `texts_of_tasks`.
+
+    Raises:
+        ValueError: a module or task is unknown, or a task is not an image task.
+    """
+    return untokenized(_task_classes(task_names, modules, names_of))
+
+
+def most_classes(texts: ClassTexts) -> int:
+    """Returns C, the number of classes of the largest task, for use in gin files."""
+    return texts.most_classes
+
+
+def _task_classes(
+    task_names: Sequence[str],
+    modules: Sequence[str],
+    names_of: Callable[[seqio.Task], Sequence[str]],
+) -> list[TaskClasses]:
     import_suites(modules, task_names)
     tasks = []
     for name in dict.fromkeys(task_names):
         task = find_task(name)
         classes, names = classes_of(task), tuple(names_of(task))
         tasks.append(TaskClasses(name, names, classes.templates, classes.multi_label))
-    return class_texts(tasks, tokenizer, config.text.context_length, context_length, position)
+    return tasks

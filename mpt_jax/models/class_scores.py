@@ -175,7 +175,7 @@ def _variables(params: Params, tower: str) -> dict[str, Any]:
     return {"params": {tower: params[tower], "logit_scale": params.get("logit_scale", 0.0)}}
 
 
-def _normalized(features: Any) -> Float[Array, "n U"]:
+def _normalized(features: Any) -> Float[Array, "... U"]:
     """Returns features divided by their norms, float32."""
     features = features.astype(jnp.float32)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)

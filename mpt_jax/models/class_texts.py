@@ -184,6 +184,21 @@ def class_texts(
     )
 
 
+def untokenized(tasks: Sequence[TaskClasses]) -> ClassTexts:
+    """Returns the classes of tasks for a model that reads no texts: every class has an empty one.
+
+    Raises:
+        ValueError: as in `class_texts`.
+    """
+    for task in tasks:
+        _check_names(task)
+    counts = [len(task.names) for task in tasks]
+    first = np.cumsum([0, *counts[:-1]]).tolist()
+    empty, zeros = np.zeros((sum(counts), 0), np.int32), np.zeros(sum(counts), np.int32)
+    numbers = np.arange(sum(counts), dtype=np.int32)
+    return ClassTexts(tuple(tasks), tuple(first), 0, empty, empty, zeros, numbers)
+
+
 def _with_context(
     tokenizer: Tokenizer, text: str, length: int, position: str
 ) -> tuple[list[int], list[int]]:

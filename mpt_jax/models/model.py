@@ -108,6 +108,12 @@ class Model(abc.ABC):
         name of their field in artifacts (`<name>_sha256`)."""
         return {}
 
+    def comparable_digests(self, runs: Runs) -> Mapping[str, str]:
+        """Returns the `input_digests` that an artifact of `runs` must match for training to start
+        from it; by default all of them."""
+        del runs
+        return self.input_digests
+
     @property
     def changeable_digests(self) -> Collection[str]:
         """The names of the `input_digests` that training may change when it starts from an

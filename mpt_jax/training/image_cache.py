@@ -27,7 +27,7 @@ from mpt_jax.core.shapes import Array, Params
 from mpt_jax.core.tree import flatten
 from mpt_jax.models.dual_encoder import PromptedDualEncoder
 from mpt_jax.models.model import Model
-from mpt_jax.prompts.sites import IMAGE
+from mpt_jax.prompts.sites import TEXT
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import TrainState
 
@@ -90,7 +90,7 @@ def _unsupported(model: Model, state: TrainState) -> str | None:
     """Returns why a job cannot use a cache; None if it can."""
     if not isinstance(model, PromptedDualEncoder):
         return "it holds features of images, and the examples are texts."
-    if IMAGE in model.prompt.parts:
+    if set(model.prompt.parts) - {TEXT}:
         return (
             "its prompts are inputs of the image encoder, so the features of an image change with "
             "every step."

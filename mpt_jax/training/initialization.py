@@ -181,7 +181,7 @@ def initialize_params(
         backbone_config(model.backbone_config),
         vocabulary,
         model.prompt.source_prompt_length(artifact.method, artifact.runs),
-        model.input_digests,
+        model.comparable_digests(artifact.runs),
         () if evaluates_artifact else model.changeable_digests,
     )
     initial = functools.partial(_initial_prompt, model, prompt_key, jnp.asarray(embedding))

@@ -191,6 +191,11 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def activate(x: Array, config: CLIPConfig) -> Array:
+    """Returns the feed-forward activation of the configuration at `x`."""
+    return _ACTIVATIONS[config.activation](x)
+
+
 class Layer(nn.Module):
     """Self-attention and feed-forward, each with a layer norm before and a residual connection.
 

@@ -31,6 +31,7 @@ from mpt_jax.models.class_scores import FEATURES
 from mpt_jax.models.class_texts import ClassTexts, TaskClasses, class_texts
 from mpt_jax.models.dual_encoder import PromptedDualEncoder
 from mpt_jax.prompts.base import PromptMethod, params_of_parts
+from mpt_jax.prompts.lanes import LANE
 from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
@@ -127,6 +128,7 @@ class ImageServer:
             )
         sources = [Named.parse(text) for text in prompts]
         found = [artifacts.load_artifact(source.folder) for source in sources]
+        _refuse_lanes(found)
         config = dataclasses.replace(read_clip_config(path), dtype=dtype)
         if config.text is None:
             raise ValueError(
@@ -199,6 +201,16 @@ class ImageServer:
         if request.all_scores:
             answer["scores"] = dict(zip(task.names, own.tolist(), strict=True))
         return answer
+
+
+def _refuse_lanes(found: Sequence[Artifact]) -> None:
+    """Raises ValueError if an artifact has lanes, which are not compared with class texts."""
+    if lanes := [x.path for x in found if LANE in x.method.parts]:
+        raise ValueError(
+            f"The artifacts {abbreviate(lanes)} have lanes and heads, which this server cannot "
+            "run. Use `python -m t5x.infer` with gin/models/prompted_vit.gin and "
+            "gin/methods/multi_lane.gin."
+        )
 
 
 def is_of_images(folder: str) -> bool:

@@ -1,0 +1,349 @@
+"""The model of images with a head: an image encoder, lanes of tasks, and the classes of each task.
+
+It shares the batches, the losses by task and the evaluation of `dual_encoder`, but compares no
+texts: the logits of an example are those of its task's head. Parameters are one nested dict,
+
+    {image_encoder}    the backbone, a plain ViT or the image tower of a CLIP
+    prompt             the lanes and the heads (`prompts.lanes`)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpt_jax.backbones.clip import lanes as lane_pass
+from mpt_jax.backbones.clip.network import CLIP
+from mpt_jax.core.runs import Runs
+from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
+from mpt_jax.core.tree import Rules, flatten, unflatten
+from mpt_jax.models import class_losses, losses, metrics
+from mpt_jax.models.class_bank import ClassBank
+from mpt_jax.models.class_scores import _key, _normalized, _variables
+from mpt_jax.models.class_texts import ClassTexts
+from mpt_jax.models.dual_encoder import BACKBONE, PromptedDualEncoder, _axes
+from mpt_jax.models.model import FROZEN, RowCost
+from mpt_jax.prompts.base import FLOAT32, PromptContext, row_axes
+from mpt_jax.prompts.lanes import MultiLane
+from mpt_jax.prompts.row_ops import gather_rows
+from mpt_jax.prompts.sites import SiteContext
+
+_TEXT = ("text_encoder", "logit_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadObjective(class_losses.ClassObjective):
+    """The loss of a classifier: over the classes of the example's task.
+
+    Attributes:
+        all_classes: the number of classes that the binary cross entropies of a multi-label example
+            are averaged over, at least those of its task. As in MULTI-LANE's released code, which
+            fills the classes of other tasks with zeros, each of them adds log 2, and gradients are
+            smaller by the share of the task's own classes. 0 averages over these.
+    """
+
+    softmax: str = dataclasses.field(default=class_losses.OWN, init=False)
+    all_classes: int = 0
+
+
+class PromptedClassifier(PromptedDualEncoder):
+    """An image encoder with a lane and a head for each task.
+
+    Args:
+        module: the backbone. The text tower of a CLIP is dropped.
+        prompt: the lanes and heads.
+        runs: the bank's rows.
+        texts: the classes of all tasks of the runs (`class_texts.untokenized`).
+        optimizer_def: a `PromptOptimizer`; None if the model is not trained.
+        objective: the loss.
+        labels: label rules that take precedence over the method's rules and over the rule that
+            freezes the backbone.
+        image_transform, augmentation, feature_converter_cls: see `PromptedDualEncoder`.
+        normalize: whether the head reads features of length 1.
+        temperature: the number that logits are divided by.
+
+    Raises:
+        ValueError: a task has more classes than a head, there are fewer classes in all than the
+            loss is averaged over, the temperature is not positive, or lanes of runs have different
+            lengths.
+    """
+
+    def __init__(  # noqa: PLR0913 - gin binds each of them
+        self,
+        module: CLIP,
+        prompt: MultiLane,
+        runs: Runs,
+        texts: ClassTexts,
+        optimizer_def: Any = None,
+        objective: HeadObjective | None = None,
+        labels: Rules = (),
+        image_transform: Any = None,
+        augmentation: Any = None,
+        feature_converter_cls: Callable[..., Any] | None = None,
+        normalize: bool = True,
+        temperature: float = 1.0,
+    ):
+        self.module, self.runs, self.texts = module, runs, texts
+        self.prompt: Any = prompt
+        self.input_vocabulary = None
+        self.objective: Any = objective or HeadObjective()
+        self.image_transform, self.augmentation = image_transform, augmentation
+        self.feature_converter_cls = feature_converter_cls
+        self.normalize, self.temperature = normalize, temperature
+        self.bank = ClassBank.of(texts, runs, prompted=True)
+        self.text_chunk = 0  # no texts
+        self._trains_backbone = bool(labels)
+        self._check()
+        self.labels = (
+            *labels,
+            *((f"prompt/{pattern}", label) for pattern, label in prompt.labels),
+            (BACKBONE, FROZEN),
+        )
+        self.rows = row_axes(prompt)
+        self.optimizer_def = optimizer_def and optimizer_def.bind(
+            self.labels, runs, self.rows, prompt.schedule_steps
+        )
+
+    def _check(self) -> None:
+        """Raises ValueError if settings contradict each other."""
+        prompt, texts = self.prompt, self.texts
+        if texts.most_classes > prompt.num_classes:
+            raise ValueError(
+                f"A task has {texts.most_classes} classes, but MultiLane.num_classes is "
+                f"{prompt.num_classes}. Set it to at least {texts.most_classes}."
+            )
+        if 0 < self.objective.all_classes < texts.most_classes:
+            raise ValueError(
+                f"HeadObjective.all_classes is {self.objective.all_classes}, but a task has "
+                f"{texts.most_classes} classes. Set ALL_CLASSES to the number of classes of the "
+                "whole sequence, or to 0."
+            )
+        if not self.temperature > 0:
+            raise ValueError(
+                f"PromptedClassifier.temperature is {self.temperature}, but logits are divided by "
+                "it. Set TEMPERATURE to a positive number, such as 1."
+            )
+        if prompt.lane.has_variable_lengths(self.runs):
+            raise ValueError(
+                "The lanes of runs have different lengths, but all need the same. Set "
+                "PRIVATE_LENGTH to one number."
+            )
+        if prompt.layers > self.module.config.image.num_layers:
+            raise ValueError(
+                f"MultiLane.layers is {prompt.layers}, but the image tower has "
+                f"{self.module.config.image.num_layers} layers. Lower LANE_LAYERS."
+            )
+
+    @property
+    def training_settings(self) -> dict[str, Any]:
+        """The settings of the augmentation, and those of the head."""
+        augmentation = self.augmentation and self.augmentation.config()
+        head = {"normalize": self.normalize, "temperature": self.temperature}
+        return {"augmentation": augmentation, "head": head}
+
+    @property
+    def input_digests(self) -> Mapping[str, str]:
+        """The digests of the image transform's settings, and of the class names of each task in
+        their order."""
+        names = {_digest_name(task.task): task.names for task in self.texts.tasks}
+        settings = {"image_transform": self.image_transform.config(), **names}
+        return {
+            f"{name}_sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+            for name, value in settings.items()
+        }
+
+    def comparable_digests(self, runs: Runs) -> Mapping[str, str]:
+        """Returns the `input_digests` without the class names of tasks that are not those of
+        `runs`, whose heads are new."""
+        new = {task.task for task in self.texts.tasks} - set(runs.task_names)
+        left_out = {f"{_digest_name(task)}_sha256" for task in new}
+        return {name: x for name, x in self.input_digests.items() if name not in left_out}
+
+    @property
+    def changeable_digests(self) -> Collection[str]:
+        """That of the image transform."""
+        return ("image_transform_sha256",)
+
+    def embedding(self, params: Params) -> Any:
+        """Returns the token embeddings [V, H] of a CLIP's text encoder. A plain ViT has none, so it
+        is identified by its patch embedding."""
+        if self.module.config.text is not None:
+            return super().embedding(params)
+        return params["image_encoder"]["patch_embedding"]["kernel"]
+
+    # --- Parameters ------------------------------------------------------------------------------
+
+    def init_backbone(self, key: Key) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns random backbone parameters and their logical axes, in T5X's format."""
+        if self.module.config.text is not None:
+            return super().init_backbone(key)
+        size = self.module.config.image.image_size
+        images = jnp.zeros((1, size, size, 3), jnp.uint8)
+        variables = flax.core.unfreeze(self.module.init(key, images, None, None))
+        return variables["params"], variables["params_axes"]
+
+    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
+        """Returns the method's initial parameters, which do not depend on the embedding."""
+        config = self.module.config
+        width = config.image.emb_dim
+        context = SiteContext(embedding, None, width, config.joint_dim or width)
+        return self.prompt.init(key, self.runs, context)
+
+    def get_initial_variables(
+        self,
+        rng: Key,
+        input_shapes: Mapping[str, Sequence[int]] | None = None,
+        input_types: Mapping[str, Any] | None = None,
+    ) -> Params:
+        """Returns the whole parameter tree, randomly initialized, and its logical axes; see
+        `Model`."""
+        backbone_key, prompt_key = jax.random.split(rng)
+        params, axes = self.init_backbone(backbone_key)
+        params["prompt"] = self.init_prompt(prompt_key, self.embedding(params))
+        names = flatten(params["prompt"])
+        axes["prompt"] = unflatten({f"{n}_axes": _axes(self.prompt.axes[n]) for n in names})
+        if self.precomputes:
+            params = self.precompute(params)
+            left = {"text_encoder", "logit_scale_axes"}
+            axes = {name: value for name, value in axes.items() if name not in left}
+        return flax.core.freeze({"params": params, "params_axes": axes})
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether the text tower of a CLIP is dropped."""
+        return self.module.config.text is not None and not self._trains_backbone
+
+    def precompute(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Returns parameters without the text tower, unless the backbone is trained and saved."""
+        if not self.precomputes:
+            return params
+        return {name: value for name, value in params.items() if name not in _TEXT}
+
+    def params_for_evaluation(self, params: Params) -> Params:
+        """Returns the parameters unchanged: no text is encoded."""
+        return params
+
+    # --- Scores and loss -------------------------------------------------------------------------
+
+    def lane_features(
+        self, params: Params, batch: Batch, key: Key | None = None, every: bool = False
+    ) -> Float[Array, "B J U"]:
+        """Returns the features of images in the lane of each example's task (J = 1) or, if `every`,
+        in the lanes of all K bank rows; of length 1 if `normalize`."""
+        config, tower = self.module.config, params["image_encoder"]
+        variables = _variables(params, "image_encoder")
+        encode: Any = self.module.apply
+        _, hidden = encode(variables, batch["image"], None, True, method="encode_image")
+        hidden = jax.lax.stop_gradient(hidden[:-1]) if not self._trains_backbone else hidden[:-1]
+        lanes = self._lanes_of_layers(params, key)
+        if not every:
+            own = lambda x: gather_rows(x, batch["task_ids"])[:, None]  # noqa: E731
+            lanes = jax.tree.map(own, lanes)
+
+        def of_image(hidden: tuple[Array, ...], lanes: Any) -> Array:
+            return lane_pass.lane_features(
+                tower, config, hidden, lanes, self.prompt.drop_and_replace
+            )
+
+        features = jax.vmap(of_image, (0, None if every else 0))(tuple(hidden), lanes)
+        return _normalized(features) if self.normalize else features
+
+    def _lanes_of_layers(self, params: Params, key: Key | None) -> list[lane_pass.LayerLanes]:
+        """Returns what the lanes of all bank rows bring to each layer."""
+        prompt, config = self.prompt, self.module.config
+        rows = jnp.arange(self.runs.num_rows)
+        lanes = prompt.lanes(params["prompt"], self.runs, rows, PromptContext(key=key))
+        stack = lane_pass.layers_of(params["image_encoder"], config)
+        found: list[Any] = [None] * len(stack)
+        if prompt.selectors:
+            reading = stack if prompt.drop_and_replace else stack[:1]
+            selectors = lane_pass.selectors_of_layers(reading, config, lanes.selectors)
+            found[: len(reading)] = selectors
+        return [
+            lane_pass.LayerLanes(
+                selectors,
+                lanes.keys[:, i] if i < prompt.layers else None,
+                lanes.values[:, i] if i < prompt.layers else None,
+            )
+            for i, selectors in enumerate(found)
+        ]
+
+    def own_logits(
+        self,
+        params: Params,
+        batch: Batch,
+        prompt_rng: Key | None = None,
+        texts: Float[Array, "N U"] | None = None,
+    ) -> Float[Array, "B C"]:
+        """Returns the logits of the classes of each example's task, in the order of their ids;
+        minus infinity at classes that the task does not have. `texts` must be None."""
+        del texts
+        task_ids, key = batch["task_ids"], _key(prompt_rng)
+        features = self.lane_features(params, batch, key)[:, 0]
+        kernel, bias = self.prompt.head(params["prompt"], task_ids)
+        product = jnp.einsum("bu,bcu->bc", features, kernel, precision=FLOAT32)
+        logits = ((product + bias) / self.temperature)[:, : self.texts.most_classes]
+        return jnp.where(self.bank.is_own(task_ids), logits, -jnp.inf)
+
+    def logits(
+        self, params: Params, batch: Batch, prompt_rng: Key | None = None
+    ) -> Float[Array, "B C"]:
+        """Returns `own_logits`: only the classes of the example's task compete."""
+        return self.own_logits(params, batch, prompt_rng)
+
+    def seen_logits(self, params: Params, batch: Batch) -> Float[Array, "B N"]:
+        """Returns the logits of all classes of the runs in each example's group, each from the lane
+        of its run; minus infinity at those of other groups. Classes are in the order of the runs,
+        and those of a run in the order of their ids."""
+        features = self.lane_features(params, batch, every=True)
+        row = jnp.asarray(self.bank.row)
+        number = jnp.arange(len(self.bank.row)) - jnp.asarray(self.bank.first)[row]
+        kernel, bias = self.prompt.head(params["prompt"], jnp.arange(self.runs.num_rows))
+        product = jnp.einsum("bku,kcu->bkc", features, kernel, precision=FLOAT32)
+        logits = ((product + bias[None]) / self.temperature)[:, row, number]
+        return jnp.where(self.bank.competes(batch["task_ids"]), logits, -jnp.inf)
+
+    def loss_sums(
+        self,
+        params: Params,
+        batch: Batch,
+        dropout_rng: Key | None = None,
+        prompt_rng: Key | None = None,
+    ) -> tuple[losses.Sums, metrics.StepMetrics]:
+        """Returns the sum [G] of the loss, and the metrics of each run; see `Model`."""
+        key = dropout_rng if prompt_rng is None else prompt_rng
+        logits = self.own_logits(params, batch, key)
+        target, has_label = batch["label"], batch["label"] >= 0
+        each = class_losses.class_cross_entropy(logits, target)
+        if "labels" in batch:
+            own = self.bank.is_own(batch["task_ids"])
+            binary = class_losses.multi_label_cross_entropy(logits, batch["labels"], own)
+            if every := self.objective.all_classes:
+                count = own.sum(-1)
+                binary = (binary * count + (every - count) * jnp.log(2.0)) / every
+            each = jnp.where(has_label, each, binary)
+        each = jnp.where(batch["loss_weights"] > 0, each, 0.0)  # padding may be infinite
+        correct = jnp.argmax(logits, -1) == target
+        found = class_losses.class_metrics(batch, each, correct, has_label, self.runs.num_rows)
+        return {"cross_entropy": self._by_group(each, batch)}, found
+
+    def row_cost(self, batch: Mapping[str, Any]) -> RowCost:
+        """Returns the memory that the image of one row takes in a step."""
+        config = self.module.config
+        tokens = config.image.num_tokens + self.prompt.selectors + 1
+        size = tokens * config.image.num_layers * config.image.emb_dim
+        return RowCost(
+            size * np.dtype(config.dtype).itemsize, f"with {tokens} tokens per image", None
+        )
+
+
+def _digest_name(task: str) -> str:
+    return f"class_names_of_{task}"
