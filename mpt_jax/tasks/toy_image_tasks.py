@@ -2,6 +2,8 @@
 
     toy_shape, toy_color, ...       seven source tasks
     toy_outline, toy_tint, ...      seven target tasks, each with a shift from the pretraining
+    toy_many_1 ... 4                the classes of toy_many in four tasks, and of toy_shape in
+    toy_shape_1 ... 4               four, for sequences (`incremental`)
 
 Images are drawn when a task is first read, and depend only on the names of the task and the split.
 Those of toy_digits are real: the handwritten digits that scikit-learn ships.
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mpt_jax.core.shapes import Int, UInt8
-from mpt_jax.tasks import images
+from mpt_jax.tasks import images, incremental
 from mpt_jax.tasks import toy_captions as words
 from mpt_jax.tasks import toy_images as world
 from mpt_jax.tasks.image_sources import Index
@@ -199,6 +201,7 @@ TARGET_TASKS = (
     ToyImageTask("toy_digits", words.NUMBERS, ("a photo of a {}.",), _digits),
 )
 TASKS = {task.name: task for task in SOURCE_TASKS + TARGET_TASKS}
+DIVIDED = ("toy_many", "toy_shape")  # also registered as sequences of tasks
 
 
 # --- registration ----------------------------------------------------------------------------
@@ -233,9 +236,11 @@ class ToyImages(images.ArrayImages):
 def register() -> None:
     """Registers all tasks of the suite."""
     for task in TASKS.values():
-        images.register(
-            task.name, ToyImages(task), templates=task.templates, metric_fns=(task.metric,)
-        )
+        source = ToyImages(task)
+        images.register(task.name, source, templates=task.templates, metric_fns=(task.metric,))
+        if task.name in DIVIDED:
+            sizes = incremental.task_sizes(len(task.class_names), 0, 3)
+            incremental.register(task.name, source, sizes, templates=task.templates)
 
 
 register()
