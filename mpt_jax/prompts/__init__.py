@@ -3,6 +3,7 @@
 from mpt_jax.prompts import (
     attempt,
     cocoop,
+    lanes,
     mpt,
     no_prompt,
     prompt_tuning,
@@ -19,6 +20,7 @@ __all__ = [
     "cocoop",
     "crosspt",
     "get_method",
+    "lanes",
     "method_names",
     "mpt",
     "no_prompt",

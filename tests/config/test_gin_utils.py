@@ -44,6 +44,8 @@ OF_IMAGES = [f"gin/{name}.gin" for name in ("coop_target", "vpt_target", "tiny_v
 OF_IMAGES += [f"gin/{name}.gin" for name in ("mvlpt_source", "mvlpt_target")]
 OF_IMAGES += [f"gin/methods/{name}.gin" for name in ("coop", "cocoop", "vpt", "upt", "sgd")]
 OF_IMAGES += ["gin/runs/image_cache.gin"]
+# tests/config/test_lane_gin.py.
+OF_IMAGES += [f"gin/{x}.gin" for x in ("multilane", "methods/multi_lane", "runs/joint_lanes")]
 STAGES = [
     name for name in FILES if "\nSTAGE = " in (ROOT / name).read_text() and name not in OF_IMAGES
 ]
