@@ -136,6 +136,12 @@ class PromptedClassifier(PromptedDualEncoder):
                 "The lanes of runs have different lengths, but all need the same. Set "
                 "PRIVATE_LENGTH to one number."
             )
+        patches = self.module.config.image.num_tokens - 1
+        if prompt.merged_tokens > patches:
+            raise ValueError(
+                f"MultiLane.merged_tokens is {prompt.merged_tokens}, but an image has {patches} "
+                "patches. Lower MERGED_TOKENS."
+            )
         if prompt.layers > self.module.config.image.num_layers:
             raise ValueError(
                 f"MultiLane.layers is {prompt.layers}, but the image tower has "
@@ -250,7 +256,12 @@ class PromptedClassifier(PromptedDualEncoder):
 
         def of_image(hidden: tuple[Array, ...], lanes: Any) -> Array:
             return lane_pass.lane_features(
-                tower, config, hidden, lanes, self.prompt.drop_and_replace
+                tower,
+                config,
+                hidden,
+                lanes,
+                self.prompt.drop_and_replace,
+                self.prompt.merged_tokens,
             )
 
         features = jax.vmap(of_image, (0, None if every else 0))(tuple(hidden), lanes)
@@ -338,7 +349,8 @@ class PromptedClassifier(PromptedDualEncoder):
     def row_cost(self, batch: Mapping[str, Any]) -> RowCost:
         """Returns the memory that the image of one row takes in a step."""
         config = self.module.config
-        tokens = config.image.num_tokens + self.prompt.selectors + 1
+        summaries = self.prompt.selectors + self.prompt.merged_tokens
+        tokens = config.image.num_tokens + summaries + 1
         size = tokens * config.image.num_layers * config.image.emb_dim
         return RowCost(
             size * np.dtype(config.dtype).itemsize, f"with {tokens} tokens per image", None

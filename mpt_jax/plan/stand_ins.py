@@ -18,6 +18,7 @@ from mpt_jax.config import gin_check
 from mpt_jax.data.classes import classes_of
 from mpt_jax.data.task_lookup import is_missing_data
 from mpt_jax.models.class_texts import ClassTexts
+from mpt_jax.models.classifier import PromptedClassifier
 from mpt_jax.models.dual_encoder import PromptedDualEncoder
 from mpt_jax.runtime import paths
 from mpt_jax.tasks.image_sets import published
@@ -36,6 +37,12 @@ dual_encoder.PromptedDualEncoder.tokenizer = @stand_ins.tokenizer()
 task_classes.texts_of_tasks.tokenizer = @stand_ins.tokenizer()
 task_classes.texts_of_tasks.names_of = @stand_ins.class_names
 """
+_HEAD_BINDINGS = """
+from __gin__ import dynamic_registration
+from mpt_jax.data import task_classes
+from mpt_jax.plan import stand_ins
+task_classes.classes_of_tasks.names_of = @stand_ins.class_names
+"""
 
 
 def bind() -> None:
@@ -44,6 +51,8 @@ def bind() -> None:
         gin.bind_parameter("VOCABULARY/gin.macro.value", str(paths.SHIPPED / _VOCABULARY))
         if gin_check.is_bound(PromptedDualEncoder):
             gin.parse_config(_IMAGE_BINDINGS)
+        if gin_check.is_bound(PromptedClassifier):
+            gin.parse_config(_HEAD_BINDINGS)
 
 
 class EstimatedTokenizer:

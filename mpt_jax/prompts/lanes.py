@@ -150,10 +150,12 @@ class MultiLane(SitePrompts):
         layers: n, the number of layers with keys and values.
         drop_and_replace: whether every layer makes new summaries of the patches. If False, only the
             first layer does, and the summaries pass through all others.
+        merged_tokens: the number of tokens that similar patches are merged to (`token_merging`), in
+            place of summaries by selectors; 0 for selectors.
 
     Raises:
-        ValueError: a size is out of range, the lane's method depends on an input, or its rows do
-            not divide into selectors, keys and values.
+        ValueError: a size is out of range, there are selectors and merged tokens, the lane's method
+            depends on an input, or its rows do not divide into selectors, keys and values.
     """
 
     lane: PromptMethod
@@ -161,6 +163,7 @@ class MultiLane(SitePrompts):
     selectors: int = 10
     layers: int = 5
     drop_and_replace: bool = True
+    merged_tokens: int = 0
     # A lane is the only site.
     text_context: None = dataclasses.field(default=None, init=False, repr=False)
     image_tokens: None = dataclasses.field(default=None, init=False, repr=False)
@@ -175,6 +178,11 @@ class MultiLane(SitePrompts):
                 f"MultiLane has {self.num_classes} classes, {self.selectors} selectors and "
                 f"{self.layers} layers with keys and values, but needs at least 1, 0 and 0. "
                 "Correct MultiLane.num_classes, SELECTORS or LANE_LAYERS."
+            )
+        if self.merged_tokens < 0 or (self.merged_tokens and self.selectors):
+            raise ValueError(
+                f"MultiLane has {self.selectors} selectors and {self.merged_tokens} merged tokens, "
+                "but summaries are made by one of the two. Set MERGED_TOKENS or SELECTORS to 0."
             )
         if isinstance(self.lane, SitePrompts) or self.lane.reads_input:
             raise ValueError(
@@ -266,7 +274,7 @@ class MultiLane(SitePrompts):
                 f"The initial artifact (method {source_method.name!r}) has no lanes. Set "
                 "INITIAL_ARTIFACT to an artifact of the method 'multi_lane', or to None."
             )
-        for setting in ("selectors", "layers", "drop_and_replace"):
+        for setting in _SETTINGS[1:]:
             own, other = getattr(self, setting), getattr(source_method, setting)
             if own != other:
                 raise ValueError(
@@ -299,7 +307,7 @@ class MultiLane(SitePrompts):
         return cls(lane, **{name: getattr(checked, name) for name in _SETTINGS})
 
 
-_SETTINGS = ("num_classes", "selectors", "layers", "drop_and_replace")
+_SETTINGS = ("num_classes", "selectors", "layers", "drop_and_replace", "merged_tokens")
 
 
 class _Lane(msgspec.Struct):
@@ -317,6 +325,7 @@ class _Config(msgspec.Struct, forbid_unknown_fields=True):
     selectors: schema.Count
     layers: schema.Count
     drop_and_replace: bool
+    merged_tokens: schema.Count
 
 
 def _known_rows(name: str, new: Array, old: Any, source_runs: Runs, runs: Runs) -> Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpt_jax.backbones.clip.token_merging import merge_tokens
 from mpt_jax.backbones.t5.scanned_params import stack_layers
 from mpt_jax.core.runs import Runs
 from mpt_jax.models.classifier import HeadObjective
@@ -37,7 +38,10 @@ def expected_logits(model, params, made, rows=None):
     for image, row in zip(made["image"], rows or np.asarray(made["task_ids"]), strict=True):
         own = {name: np.asarray(x)[row] for name, x in lanes._asdict().items()}
         kept = model.prompt.drop_and_replace
-        x = reference_lanes.feature(config, params, image, **own, drop_and_replace=kept)
+        merged = model.prompt.merged_tokens
+        x = reference_lanes.feature(
+            config, params, image, **own, drop_and_replace=kept, merged=merged
+        )
         x = x / np.linalg.norm(x) if model.normalize else x
         logits = (head["kernel"][row] @ x + head["bias"][row]) / model.temperature
         found.append(logits[: model.bank.count[row]])
@@ -64,6 +68,10 @@ SETTINGS = {
     "temperature": {"temperature": 0.1, "normalize": False},
     "summaries kept": {"prompt": tiny_lanes.method(drop_and_replace=False)},
     "no selectors": {"prompt": tiny_lanes.method(selectors=0)},
+    "merged": {"prompt": tiny_lanes.method(selectors=0, merged_tokens=3)},
+    "merged once": {
+        "prompt": tiny_lanes.method(selectors=0, merged_tokens=6, drop_and_replace=False)
+    },
     "no keys": {"prompt": tiny_lanes.method(layers=0)},
     "keys in all layers": {"prompt": tiny_lanes.method(layers=3)},
     "shared": {"prompt": tiny_lanes.method(SharedPrompt(11, Uniform(0.5)))},
@@ -77,6 +85,13 @@ def test_logits_equal_a_naive_numpy_pass(name):
     params, made = tiny_lanes.params(model), batch()
     assert set(params) == {"image_encoder", "prompt"}
     assert_equal_logits(own_logits(model, params, made), expected_logits(model, params, made))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 15, 16, 17])
+def test_merged_tokens_equal_a_loop(count):
+    tokens = np.random.default_rng(count).normal(size=(17, 4)).astype(np.float32)
+    found = merge_tokens(jnp.asarray(tokens), count)
+    np.testing.assert_allclose(found, reference_lanes.merge(tokens, count), atol=1e-6)
 
 
 def test_scanned_layers_have_the_same_logits():
@@ -206,6 +221,10 @@ def test_scores_are_probabilities_of_own_classes():
         ({"prompt": tiny_lanes.method(classes=3)}, "A task has 4 classes, but .*num_classes is 3"),
         ({"objective": HeadObjective(all_classes=3)}, "all_classes is 3, but a task has 4"),
         ({"temperature": 0.0}, "temperature is 0.0"),
+        (
+            {"prompt": tiny_lanes.method(selectors=0, merged_tokens=17)},
+            "merged_tokens is 17, but an image has 16",
+        ),
         ({"prompt": tiny_lanes.method(layers=4)}, "layers is 4, but the image tower has 3"),
     ],
 )

@@ -184,6 +184,7 @@ def test_settings_from_files_are_checked():
         (lambda: MultiLane(PromptTuning(4), 4, 3, 2), "4 rows of the lane are not 3 selectors"),
         (lambda: MultiLane(PromptTuning(2), 4, 3, 0), "2 rows of the lane"),
         (lambda: MultiLane(CoCoOp(11), 4, 3, 2), "depends only on the task"),
+        (lambda: dataclasses.replace(lanes(3, 2, 2, 4), merged_tokens=4), "one of the two"),
         (lambda: LaneInit(3, 2, "zero"), "LANE_INIT 'zero'"),
         (lambda: LaneInit(3, 2, selector_kind="ones"), "SELECTOR_INIT 'ones'"),
         (lambda: LaneInit(3, 2, lanes=0), "lanes is 0"),

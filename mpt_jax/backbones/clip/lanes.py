@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from mpt_jax.backbones.clip import layers
 from mpt_jax.backbones.clip.config import CLIPConfig
+from mpt_jax.backbones.clip.token_merging import merge_tokens
 from mpt_jax.backbones.t5.low_memory_ops import over_rows
 from mpt_jax.backbones.t5.scanned_params import is_stacked, unstack_layers
 from mpt_jax.core.shapes import Array, Float, Params
@@ -74,6 +75,7 @@ def lane_features(
     patches: tuple[Float[Array, "I H"], ...],
     lanes: list[LayerLanes],
     drop_and_replace: bool = True,
+    merged_tokens: int = 0,
 ) -> Float[Array, "J U"]:
     """Returns the feature of one image in each of J lanes, float32, not normalized.
 
@@ -84,6 +86,8 @@ def lane_features(
         lanes: what the lanes bring to each layer.
         drop_and_replace: whether every layer drops the summaries of the layer before. If False, the
             summaries of the first layer pass through all layers beside the class token.
+        merged_tokens: if positive, summaries are the patches merged to this number, and lanes have
+            no selectors.
     """
     stack, count = layers_of(params, config), _count(lanes)
     x = jnp.tile(class_token(params, config), (count, 1, 1))
@@ -91,8 +95,13 @@ def lane_features(
         norm = functools.partial(_norm, config, own["pre_attention_layer_norm"])
         keep = drop_and_replace or i == config.image.num_layers - 1
         normed = norm(x)
-        if lane.selectors is not None:
+        summaries = None
+        if merged_tokens and (drop_and_replace or not i):
+            merged = merge_tokens(jax.lax.stop_gradient(norm(patches[i])[1:]), merged_tokens)
+            summaries = jnp.tile(merged.astype(normed.dtype), (count, 1, 1))
+        elif lane.selectors is not None:
             summaries = _summaries(lane.selectors, norm(patches[i]))
+        if summaries is not None:
             normed = jnp.concatenate([normed, summaries], 1)
             x = x if keep else jnp.concatenate([x, summaries], 1)
         queries = normed[:, : 1 if keep else None]
