@@ -7,6 +7,7 @@ import pytest
 
 from mpt_jax.data.image_transforms import ImageTransform
 from mpt_jax.data.samplers import EqualQuotas, LastOfEach
+from mpt_jax.plan import stand_ins
 from tests.fixtures import lane_jobs
 from tests.fixtures.gin_files import abstract_params, parse, trained, value
 
@@ -77,6 +78,14 @@ def test_samplers_of_stages_and_of_joint_training():
     parse([STAGE, "gin/runs/joint_lanes.gin"], full(2, pair))
     assert value("SAMPLER") == EqualQuotas(512, 42)
     assert value("INITIAL_ARTIFACT") is None and value("STAGE") == "multilane_joint_2"
+
+
+def test_plans_need_no_data():
+    given = full(2, (("coop_eurosat", "coop_dtd"),), TASK_MODULES=["mpt_jax.tasks.image_sets.coop"])
+    parse([STAGE], given)
+    stand_ins.bind()
+    model = value("MODEL")
+    assert model.bank.count.tolist() == [10, 47] and model.prompt.num_classes == 47
 
 
 @pytest.mark.parametrize("entry", ["eval", "infer"])

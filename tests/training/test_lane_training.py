@@ -28,7 +28,7 @@ RECIPE = dataclasses.replace(tiny_lanes.optimizer(), rule=functools.partial(sgd,
 
 
 def batch(rows):
-    label = [-1 if row == 2 else row for row in rows]
+    label = [-1 if row == 2 else row % 3 for row in rows]
     made = tiny_clip.batch(rows, label)
     labels = np.random.default_rng(1).integers(0, 2, (len(rows), 4))
     return {**made, "labels": jnp.asarray(labels, jnp.float32)}
@@ -95,6 +95,32 @@ def test_runs_of_one_job_equal_solo_runs():
         solo = step(started(alone, {**params, "prompt": own}), part)
         for one, other in zip(jax.tree.leaves(solo), jax.tree.leaves(together), strict=True):
             np.testing.assert_allclose(one[0], other[row], atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.devices(2)
+def test_runs_split_over_devices_match_one_device():
+    names = ["pets_s1", "shapes_s1", "tags_s1", "pets_s2"]
+    runs = Runs(["pets", "shapes", "tags", "pets"], names, "independent")
+    model = tiny_lanes.model(runs=runs, optimizer_def=RECIPE)
+    tree = tiny_lanes.params(model)
+
+    def trained(**mesh):
+        partitioner = PjitPartitioner(**mesh)
+        params = jax.tree.map(jnp.array, tree)
+        split_runs = not mesh
+        state = create_train_state(model, params, partitioner, rows_by_run=split_runs)
+        running = trainer.Trainer(model, state, partitioner, KEY, 1, rows_by_run=split_runs)
+        for _ in range(3):
+            after = step(running, batch([0, 0, 1, 1, 2, 2, 3, 3]))
+        return jax.tree.map(np.asarray, after), running
+
+    (alone, _), (found, running) = trained(devices=jax.devices()[:1]), trained()
+    table = running.state.trainable["prompt"]["lane"]["table"]
+    assert table.sharding.shard_shape(table.shape)[0] == 2
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(found), strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_image_cache_and_server_refuse_lanes(tmp_path):
