@@ -248,7 +248,6 @@ class PromptedClassifier(PromptedDualEncoder):
         variables = _variables(params, "image_encoder")
         encode: Any = self.module.apply
         _, hidden = encode(variables, batch["image"], None, True, method="encode_image")
-        hidden = jax.lax.stop_gradient(hidden[:-1]) if not self._trains_backbone else hidden[:-1]
         lanes = self._lanes_of_layers(params, key)
         if not every:
             own = lambda x: gather_rows(x, batch["task_ids"])[:, None]  # noqa: E731
@@ -264,7 +263,7 @@ class PromptedClassifier(PromptedDualEncoder):
                 self.prompt.merged_tokens,
             )
 
-        features = jax.vmap(of_image, (0, None if every else 0))(tuple(hidden), lanes)
+        features = jax.vmap(of_image, (0, None if every else 0))(hidden[:-1], lanes)
         return _normalized(features) if self.normalize else features
 
     def _lanes_of_layers(self, params: Params, key: Key | None) -> list[lane_pass.LayerLanes]:
