@@ -4,6 +4,8 @@ A product `U V` does not determine its factors: `(-U, -V)` and, for any number c
 have the same product. The average of several tasks' factors depends on these choices, so `aligned`
 makes them the same for all tasks. At ranks above one it does so for each column of U and its row of
 V; products still do not determine the order of columns, nor how they are mixed.
+
+A prompt may have a pair of factors for each layer; each pair is then aligned separately.
 """
 
 from __future__ import annotations
@@ -16,30 +18,32 @@ import numpy as np
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Float, Params
 
-Factors = tuple[Float[np.ndarray, "S P R"], Float[np.ndarray, "S R H"]]
+Factors = tuple[Float[np.ndarray, "... P R"], Float[np.ndarray, "... R H"]]
 
 
-def aligned(left: Float[np.ndarray, "S P R"], right: Float[np.ndarray, "S R H"]) -> Factors:
+def aligned(left: Float[np.ndarray, "... P R"], right: Float[np.ndarray, "... R H"]) -> Factors:
     """Returns factors of the same products in which every column of U has a sum that is not
     negative, and the norm sqrt(P). A column of zeros is unchanged."""
-    norms = np.linalg.norm(left, axis=1, keepdims=True)  # [S, 1, R]
-    scales = np.where(norms > 0, norms, 1) / left.shape[1] ** 0.5
-    scales = scales * np.where(left.sum(1, keepdims=True) < 0, -1, 1)
-    return left / scales, right * scales.swapaxes(1, 2)
+    norms = np.linalg.norm(left, axis=-2, keepdims=True)  # [..., 1, R]
+    scales = np.where(norms > 0, norms, 1) / left.shape[-2] ** 0.5
+    scales = scales * np.where(left.sum(-2, keepdims=True) < 0, -1, 1)
+    return left / scales, right * scales.swapaxes(-1, -2)
 
 
-def best_factors(product: Float[np.ndarray, "S P H"], rank: int) -> Factors:
-    """Returns the factors [S, P, R] and [S, R, H] whose products are closest to `product` in the
-    sum of squares (the singular value decomposition), as `aligned` returns them."""
+def best_factors(product: Float[np.ndarray, "... P H"], rank: int) -> Factors:
+    """Returns the factors [..., P, R] and [..., R, H] whose products are closest to `product` in
+    the sum of squares (the singular value decomposition), as `aligned` returns them."""
     left, values, right = np.linalg.svd(product, full_matrices=False)
-    return aligned(left[..., :rank], values[:, :rank, None] * right[:, :rank])
+    return aligned(left[..., :rank], values[..., :rank, None] * right[..., :rank, :])
 
 
 def statistics(params: Params, runs: Runs) -> dict[str, float]:
     """Returns how similar the prompts of tasks in a group are; {} if no group has two tasks.
 
     Args:
-        params: MPT's parameters, as NumPy arrays.
+        params: MPT's parameters, as NumPy arrays: `shared` [G, ..., P, H], `task_left`
+            [K, ..., P, R] and `task_right` [K, ..., R, H], with an axis of layers if these have
+            separate pairs.
         runs: the runs of the bank.
 
     Returns:
@@ -78,16 +82,18 @@ def _same_signs(values: Float[np.ndarray, "n ..."]) -> float:
 
 
 def _squares(
-    shared: Float[np.ndarray, "P H"],
-    left: Float[np.ndarray, "n P R"],
-    right: Float[np.ndarray, "n R H"],
+    shared: Float[np.ndarray, "... P H"],
+    left: Float[np.ndarray, "n ... P R"],
+    right: Float[np.ndarray, "n ... R H"],
 ) -> tuple[float, float]:
     """Returns the squared norm of n prompts along P*, and their whole squared norm, without
     computing a prompt."""
-    square = np.square(shared.astype(np.float64))
-    dots = np.einsum("npr,nrp->n", left, right @ square.T)
+    left, right = (x.reshape(len(x), -1, *x.shape[-2:]) for x in (left, right))
+    square = np.square(shared.astype(np.float64)).reshape(-1, *shared.shape[-2:])
+    columns = square.swapaxes(1, 2)
+    dots = np.einsum("nlpr,nlrp->n", left, right @ columns)
     norms = 0.0
     for first, second in itertools.product(range(left.shape[-1]), repeat=2):
-        u, v = left[..., first] * left[..., second], right[:, first] * right[:, second]
-        norms += float(np.einsum("np,np->", u, v @ square.T))
+        u, v = left[..., first] * left[..., second], right[..., first, :] * right[..., second, :]
+        norms += float(np.einsum("nlp,nlp->", u, (v[:, :, None] @ columns)[:, :, 0]))
     return float(np.square(dots).sum() / square.sum()), norms

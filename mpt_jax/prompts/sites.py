@@ -66,8 +66,8 @@ class SitePrompts(PromptMethod):
             With 1, tokens are inserted in the first layer only.
 
     Raises:
-        ValueError: neither site has a method, a method reads texts or is a `SitePrompts`, or rows
-            do not divide into classes or layers.
+        ValueError: neither site has a method, a method reads texts or is a `SitePrompts`, rows do
+            not divide into classes or layers, or a method has another number of layers.
     """
 
     text_context: PromptMethod | None = None
@@ -305,6 +305,12 @@ class _Config(msgspec.Struct):
 
 
 def _check_divides(method: PromptMethod | None, site: str, parts: int, setting: str) -> None:
+    layers = getattr(method, "layers", 1)  # of methods with parameters for each layer, such as MPT
+    if layers not in (1, parts):
+        raise ValueError(
+            f"The method of {site} has layers = {layers}, but SitePrompts.{setting} is {parts}. "
+            "Set both to the same number, or layers to 1."
+        )
     if method is not None and (parts < 1 or method.prompt_length % parts):
         raise ValueError(
             f"The {method.prompt_length} prompt rows of {site} do not divide into "
