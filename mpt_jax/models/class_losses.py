@@ -2,7 +2,7 @@
 
 Each term is a (sum [G], normalizer [G]) pair, as in losses.py. An example counts once: its loss is
 the cross entropy of its class or, in a multi-label task, the mean over the task's classes of the
-binary cross entropies.
+binary cross entropies. For distillation, see class_distillation.py.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int
 from mpt_jax.models import losses, metrics
+from mpt_jax.models.class_distillation import ClassDistillation  # gin files name it here
 
 OWN, UNION = "own", "union"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ClassObjective:
     """The loss of a dual encoder.
 
@@ -27,19 +28,27 @@ class ClassObjective:
         softmax: the classes that compete for an example's probability: `'own'`, those of its task,
             or `'union'`, those of all tasks in its group, as in MVLPT's released code. Tasks may
             have the same classes, so only `'own'` has one right answer.
+        distillation: the settings of distillation; None trains on the classes only. With
+            distillation, the model also holds what teachers compute from class texts, and their
+            image tokens.
     """
 
     softmax: str = OWN
-    # As in `objective.Objective`: no teachers.
-    distillation: None = dataclasses.field(default=None, init=False, repr=False)
+    distillation: ClassDistillation | None = None
 
     def __post_init__(self):
         if self.softmax not in (OWN, UNION):
             raise ValueError(unknown_name("CLASS_SOFTMAX", self.softmax, (OWN, UNION)))
 
+    def __repr__(self) -> str:
+        """Leaves out distillation if there is none, so that fingerprints of jobs stay the same."""
+        rest = "" if self.distillation is None else f", distillation={self.distillation!r}"
+        return f"ClassObjective(softmax={self.softmax!r}{rest})"
+
     def coefficients(self) -> dict[str, float]:
         """Returns each enabled term's coefficient in the total loss."""
-        return {"cross_entropy": 1.0}
+        terms = {} if self.distillation is None else self.distillation.coefficients()
+        return {"cross_entropy": 1.0, **terms}
 
 
 def class_cross_entropy(logits: Float[Array, "B _"], label: Int[Array, " B"]) -> Float[Array, " B"]:

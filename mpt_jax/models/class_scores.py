@@ -31,7 +31,12 @@ class ClassScores:
     text_chunk: int
 
     def logits(
-        self, params: Params, batch: Batch, prompt_rng: Key | None = None
+        self,
+        params: Params,
+        batch: Batch,
+        prompt_rng: Key | None = None,
+        images: Float[Array, "B U"] | None = None,
+        texts: Float[Array, "N U"] | None = None,
     ) -> Float[Array, "B _"]:
         """Returns the scaled cosines with the classes that compete.
 
@@ -39,40 +44,60 @@ class ClassScores:
             params: the whole parameter tree.
             batch: the batch contract's features.
             prompt_rng: the random key of methods that draw prompts.
+            images: the features of images, if they are known.
+            texts: the features of class texts, if they are known.
 
         Returns:
             `own_logits` [B, C], or logits [B, N] over all entries of the bank if `softmax` is
             `'union'`; minus infinity at classes that do not compete.
         """
         if self.objective.softmax == class_losses.OWN:
-            return self.own_logits(params, batch, prompt_rng)
+            return self.own_logits(params, batch, prompt_rng, texts, images)
         key = _key(prompt_rng)
-        images = self.image_features(params, batch, key)
+        images = self.image_features(params, batch, key) if images is None else images
         if self.prompt.reads_image:
             number = len(self.bank.row)
             every = jnp.broadcast_to(jnp.arange(number)[None], (len(images), number))
             scores = self._cosines_of_images(params, batch, images, every, key)
         else:
-            scores = cosines(images, self.text_features(params, batch, key))
+            texts = self.text_features(params, batch, key) if texts is None else texts
+            scores = cosines(images, texts)
         competes = self.bank.competes(batch["task_ids"])
-        return jnp.where(competes, _scale(params) * scores, -jnp.inf)
+        return jnp.where(competes, self.scaled(params, scores), -jnp.inf)
+
+    def features(
+        self, params: Params, batch: Batch, prompt_rng: Key | None = None
+    ) -> tuple[Float[Array, "B U"], Float[Array, "N U"] | None]:
+        """Returns the features of images and of class texts that `logits` compares; None for texts
+        that depend on the image."""
+        key = _key(prompt_rng)
+        images = self.image_features(params, batch, key)
+        return images, None if self.prompt.reads_image else self.text_features(params, batch, key)
 
     def own_logits(
         self,
         params: Params,
         batch: Batch,
         prompt_rng: Key | None = None,
+        texts: Float[Array, "N U"] | None = None,
+        images: Float[Array, "B U"] | None = None,
     ) -> Float[Array, "B C"]:
         """Returns the scaled cosines with the classes of each example's task, in the order of their
-        ids; minus infinity at classes that the task does not have."""
+        ids; minus infinity at classes that the task does not have. `texts` and `images` are the
+        features of class texts and images, if they are known."""
         key, task_ids = _key(prompt_rng), batch["task_ids"]
-        images = self.image_features(params, batch, key)
+        images = self.image_features(params, batch, key) if images is None else images
         if self.prompt.reads_image:
             entries = self.bank.entries(task_ids)
             scores = self._cosines_of_images(params, batch, images, entries, key)
         else:
-            scores = self.bank.own_cosines(images, self.text_features(params, batch, key), batch)
-        return jnp.where(self.bank.is_own(task_ids), _scale(params) * scores, -jnp.inf)
+            texts = self.text_features(params, batch, key) if texts is None else texts
+            scores = self.bank.own_cosines(images, texts, batch)
+        return jnp.where(self.bank.is_own(task_ids), self.scaled(params, scores), -jnp.inf)
+
+    def scaled(self, params: Params, scores: Float[Array, "B _"]) -> Float[Array, "B _"]:
+        """Returns the logits of cosines."""
+        return jnp.exp(params["logit_scale"].astype(jnp.float32)) * scores
 
     def _cosines_of_images(
         self,
@@ -121,6 +146,12 @@ class ClassScores:
             prompts = self.prompt.compose_site(
                 IMAGE, params["prompt"], self.runs, batch["task_ids"], given
             )
+        return self.encode_images(params, batch, prompts)
+
+    def encode_images(
+        self, params: Params, batch: Batch, prompts: Float[Array, "B _ _ _"] | None
+    ) -> Float[Array, "B U"]:
+        """Returns the normalized features of a batch's images, with image tokens unless None."""
         variables = _variables(params, "image_encoder")
         encode = functools.partial(self.module.apply, variables, method="encode_image")
         return _normalized(encode(batch["image"], prompts))
@@ -162,11 +193,6 @@ class ClassScores:
 
 def _key(prompt_rng: Key | None) -> Key | None:
     return None if prompt_rng is None else jax.random.fold_in(prompt_rng, 2)
-
-
-def _scale(params: Params) -> Float[Array, ""]:
-    """Returns the factor of the cosines."""
-    return jnp.exp(params["logit_scale"].astype(jnp.float32))
 
 
 def _variables(params: Params, tower: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ Parameters are one nested dict,
     class_features                               features of the class texts, instead of the text
                                                  encoder, if the texts have no prompt
     prompt                                       the method's parameters, by site
+    teacher                                      frozen features of class texts, and image tokens,
+                                                 to distill from, if any
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from mpt_jax.models import class_losses, losses, metrics
 from mpt_jax.models.class_bank import ClassBank
 from mpt_jax.models.class_interface import ClassInterface
 from mpt_jax.models.class_scores import FEATURES, ClassScores
+from mpt_jax.models.class_teachers import TEACHER, ClassTeachers, check_distillation
 from mpt_jax.models.class_texts import ClassTexts
 from mpt_jax.models.model import FROZEN, Model, RowCost
 from mpt_jax.models.prompt_insertion import NUMBERS
@@ -41,7 +44,7 @@ from mpt_jax.prompts.sites import IMAGE, TEXT, SiteContext, SitePrompts
 BACKBONE = r"(image_encoder|text_encoder)/.*|logit_scale"
 
 
-class PromptedDualEncoder(ClassScores, ClassInterface, Model):
+class PromptedDualEncoder(ClassScores, ClassTeachers, ClassInterface, Model):
     """A dual encoder that compares images with class texts.
 
     Args:
@@ -63,8 +66,8 @@ class PromptedDualEncoder(ClassScores, ClassInterface, Model):
             the batch are left out.
 
     Raises:
-        ValueError: the context of the texts does not have the length of the prompt, or prompts of
-            runs have different lengths.
+        ValueError: the context of the texts does not have the length of the prompt, prompts of
+            runs have different lengths, or the model cannot have the objective's teachers.
     """
 
     backbone_pattern = BACKBONE
@@ -101,10 +104,12 @@ class PromptedDualEncoder(ClassScores, ClassInterface, Model):
         self._trains_backbone = bool(labels)
         _check_context(prompt, texts)
         _check_lengths(prompt, runs)
+        if (distillation := self.objective.distillation) is not None:
+            check_distillation(distillation, prompt, self._trains_backbone)
         self.labels = (
             *labels,
             *((f"prompt/{pattern}", label) for pattern, label in prompt.labels),
-            (f"{FEATURES}/.*", FROZEN),
+            (f"({FEATURES}|{TEACHER})/.*", FROZEN),
             (BACKBONE, FROZEN),
         )
         self.rows = row_axes(prompt)
@@ -136,9 +141,13 @@ class PromptedDualEncoder(ClassScores, ClassInterface, Model):
 
     @property
     def training_settings(self) -> dict[str, Any]:
-        """The settings of the augmentation, and the digest of the class texts."""
+        """The settings of the augmentation, and the digest of the class texts, also of those of
+        teachers without prompts."""
         augmentation = self.augmentation and self.augmentation.config()
-        return {"augmentation": augmentation, "class_texts_sha256": self.texts.sha256}
+        settings = {"augmentation": augmentation, "class_texts_sha256": self.texts.sha256}
+        if self.has_teacher and not self.reads_teachers:
+            settings["teacher_texts_sha256"] = self.teacher_texts.sha256
+        return settings
 
     @property
     def input_digests(self) -> Mapping[str, str]:
@@ -199,6 +208,10 @@ class PromptedDualEncoder(ClassScores, ClassInterface, Model):
             shape = (self.texts.num_classes, self.module.config.joint_dim)
             params[FEATURES] = {"table": jnp.zeros(shape, jnp.float32)}
             axes[FEATURES] = {"table_axes": _axes(("classes", "joint"))}
+        if self.has_teacher:
+            leaves = self.teacher_shapes().items()
+            params[TEACHER] = {name: jnp.zeros(shape, jnp.float32) for name, (shape, _) in leaves}
+            axes[TEACHER] = {f"{name}_axes": _axes(names) for name, (_, names) in leaves}
         return flax.core.freeze({"params": params, "params_axes": axes})
 
     @property
@@ -270,7 +283,8 @@ class PromptedDualEncoder(ClassScores, ClassInterface, Model):
     ) -> tuple[losses.Sums, metrics.StepMetrics]:
         """Returns the sum [G] of every loss term, and the metrics of each run; see `Model`."""
         key = dropout_rng if prompt_rng is None else prompt_rng
-        logits = self.logits(params, batch, key)
+        images, texts = self.features(params, batch, key)
+        logits = self.logits(params, batch, key, images, texts)
         target, has_label = batch["label"], batch["label"] >= 0
         own_logits = logits
         if self.objective.softmax == class_losses.UNION:
@@ -281,15 +295,21 @@ class PromptedDualEncoder(ClassScores, ClassInterface, Model):
             own = self.bank.is_own(batch["task_ids"])
             binary = class_losses.multi_label_cross_entropy(own_logits, batch["labels"], own)
             each = jnp.where(has_label, each, binary)
-        each = jnp.where(batch["loss_weights"] > 0, each, 0.0)  # padding may be infinite
-        sums = {"cross_entropy": self._by_group(each, batch)}
+        terms = {"cross_entropy": each}
+        if self.has_teacher:
+            terms |= self.distillation_losses(params, batch, images, texts, own_logits)
+        real = batch["loss_weights"] > 0
+        terms = {name: jnp.where(real, x, 0.0) for name, x in terms.items()}  # may be infinite
+        sums = {name: self._by_group(x, batch) for name, x in terms.items()}
+        each = terms["cross_entropy"]
         correct = jnp.argmax(logits, -1) == target
         rows = self.runs.num_rows
         return sums, class_losses.class_metrics(batch, each, correct, has_label, rows)
 
     def loss_normalizers(self, batch: Batch) -> losses.Sums:
-        """Returns the number [G] of examples."""
-        return {"cross_entropy": self._by_group(jnp.ones_like(batch["loss_weights"]), batch)}
+        """Returns the number [G] of examples, for every term."""
+        examples = self._by_group(jnp.ones_like(batch["loss_weights"]), batch)
+        return dict.fromkeys(self.objective.coefficients(), examples)
 
     def _by_group(self, values: Array, batch: Batch) -> Array:
         groups = jnp.asarray(self.runs.group_of_row, jnp.int32)[batch["task_ids"]]

@@ -129,8 +129,23 @@ class Model(abc.ABC):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether parameters include the teachers' prompts."""
+        """Whether parameters include those of teachers."""
         return self.objective.distillation is not None
+
+    @property
+    def reads_teachers(self) -> bool:
+        """Whether teachers are the prompts of artifacts."""
+        return self.has_teacher
+
+    def check_teacher(self, method: PromptMethod) -> None:
+        """Raises ValueError if prompts of a method cannot be those of this model's teachers."""
+        del method
+
+    def teacher_params(self, params: Params, prompts: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the parameters of the teachers, given parameters with the backbone's, and the
+        teachers' plain prompts [K, P, H] of all bank rows by part of the method."""
+        del params
+        return {"table": prompts[""]}
 
     @property
     def is_random(self) -> bool:

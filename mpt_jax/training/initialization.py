@@ -5,7 +5,8 @@ differentiated, optimized and saved). Its *origin* says where its initial value 
 
     origin      which parameters                       source
     backbone    the frozen network                     Origins.backbone, a checkpoint
-    teacher     teacher/table                          Origins.teachers, prompt artifacts
+    teacher     teacher/*                              Origins.teachers, prompt artifacts; of a
+                                                       zero-shot CLIP, the backbone
     artifact    prompt/*, if Origins.artifact is set   that artifact, transferred by the method
     init        prompt/*, and biases T5 lacks          the method's or module's initial values
 
@@ -20,7 +21,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,6 @@ from mpt_jax import convert
 from mpt_jax.artifacts import artifacts, compatibility
 from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
 from mpt_jax.backbones.t5.scanned_params import stack_layers
-from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Key
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
@@ -39,6 +39,7 @@ from mpt_jax.models.model import FROZEN, Model
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.spot import Embeddings, NearestSource
 from mpt_jax.prompts.warm_start import StartFrom
+from mpt_jax.training import teachers
 from mpt_jax.training.state import _dtypes, backbone_shapes, param_shapes
 
 # Embeddings are padded to a multiple of 128 or so (28 rows in T5, 12 in mT5, 125 in ByT5). If more
@@ -53,7 +54,7 @@ class Origins:
     Attributes:
         backbone: the path of a T5X checkpoint, an Orbax checkpoint, or a Hugging Face folder.
         teachers: the artifact folder or folders that hold a teacher for every run of a job with
-            distillation.
+            distillation; not read if a zero-shot CLIP is the teacher.
         artifact: the artifact to initialize prompts from, or several artifacts, whose plain prompts
             [P, H] are merged; None uses the method's initial values.
         scratch: whether to initialize the backbone randomly (for pretraining); cannot be combined
@@ -121,7 +122,7 @@ class InitialParams:
             If sources were chosen by similarity, the resulting weight of each source. For prompts
             at several sites, the setting of each site. None if there is no such artifact or the
             method has no such setting.
-        teacher_sha256: the digest of the table of teachers [K, P, H], if there is one.
+        teacher_sha256: the digest of the teachers' prompts [K, P, H], if there are any.
         input_digests: see `Model.input_digests`. Artifacts must match them.
     """
 
@@ -200,8 +201,12 @@ def initialize_params(
     if prompt:
         params["prompt"] = prompt
     if model.has_teacher:
-        params["teacher"] = {"table": _teachers(model, origins, digests, vocabulary)}
-        teacher_digest = artifacts.digest(params["teacher"])
+        prompts = {}
+        if model.reads_teachers:
+            of_job = teachers.Job(model, *digests, vocabulary)
+            prompts = teachers.prompts_of(of_job, origins.teachers, origins.teachers_command)
+            teacher_digest = artifacts.digest({x or "table": y for x, y in prompts.items()})
+        params["teacher"] = model.teacher_params(params, prompts)
     params = model.precompute(params)
     match_exactly(
         expected,
@@ -353,89 +358,6 @@ def _check_vocabulary(model: Model, rows: int) -> None:
                 "VOCABULARY to the vocabulary that the backbone was trained with. If only the "
                 "sentinels are missing, set vocabularies.load.extra_ids to their number."
             )
-
-
-def _teachers(
-    model: Model,
-    origins: Origins,
-    digests: tuple[str, str | None],
-    vocabulary: str | None,
-) -> np.ndarray:
-    """Returns the teacher prompts of all bank rows, [K, P, H].
-
-    Raises:
-        FileNotFoundError: an artifact of teachers is missing.
-        ValueError: no artifact is named; an artifact has another backbone, vocabulary or prompt
-            length; or a run has no teacher or several.
-    """
-    if not origins.teachers:
-        raise ValueError(
-            "The objective distills from teachers, but Origins.teachers names no artifact. Set "
-            "TEACHERS to one or several prompt artifacts. To make one, run: "
-            f"{origins.teachers_command}."
-        )
-    known: list[_Teacher] = []
-    for path in origins.teachers:
-        try:
-            artifact = artifacts.load_artifact(path)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{error} Set TEACHERS to existing artifacts. To train the teachers, run: "
-                f"{origins.teachers_command}."
-            ) from error
-        compatibility.check_compatible(
-            artifact,
-            *digests,
-            backbone_config(model.backbone_config),
-            vocabulary,
-            model.prompt.prompt_length,
-            model.input_digests,
-        )
-        names = zip(artifact.runs.run_names, artifact.runs.task_names, strict=True)
-        for (run, task), prompt in zip(names, artifact.folded(), strict=True):
-            known.append(_Teacher(run, task, str(path), prompt))
-    return np.stack([teacher.prompt for teacher in _choose(model.runs, known)])
-
-
-class _Teacher(NamedTuple):
-    run: str
-    task: str
-    path: str
-    prompt: np.ndarray  # [P, H]
-
-
-def _choose(runs: Runs, known: Sequence[_Teacher]) -> list[_Teacher]:
-    """Returns a teacher for every bank row: the teacher with the same run name, or else the only
-    teacher of the run's task.
-
-    Raises:
-        ValueError: a run has no such teacher, or several.
-    """
-    candidates: dict[str, list[_Teacher]] = {}
-    for run, task in zip(runs.run_names, runs.task_names, strict=True):
-        namesakes = [teacher for teacher in known if teacher.run == run]
-        candidates[run] = namesakes or [teacher for teacher in known if teacher.task == task]
-    tasks = dict(zip(runs.run_names, runs.task_names, strict=True))
-    if missing := [tasks[run] for run, teachers in candidates.items() if not teachers]:
-        raise ValueError(
-            f"No teacher for the tasks {abbreviate(list(dict.fromkeys(missing)))}. The artifacts "
-            f"{abbreviate(sorted({t.path for t in known}))} have teachers only for "
-            f"{abbreviate(sorted({t.task for t in known}))}. Train the missing teachers with "
-            "gin/pt_source.gin and add their artifact to TEACHERS, or remove the tasks without a "
-            "teacher from SOURCE_TASKS (in a target stage: TARGET_TASKS)."
-        )
-    several = {run: teachers for run, teachers in candidates.items() if len(teachers) > 1}
-    if several:
-        names = [
-            f"{run} ({', '.join(f'{t.run} in {t.path}' for t in teachers)})"
-            for run, teachers in several.items()
-        ]
-        raise ValueError(
-            f"Several teachers match the same run: {abbreviate(names)}. Set RUN_NAMES so that each "
-            "run has the name of a single teacher, or set TEACHERS to artifacts that together hold "
-            "one teacher for each task."
-        )
-    return [teachers[0] for teachers in candidates.values()]
 
 
 def _cast(model: Model, params: dict[str, Any]) -> dict[str, Any]:
