@@ -5,7 +5,7 @@
     text    `hidden_text`   the same of the texts of the task's classes, averaged over the classes
 
 It is the recipe of MPT (arXiv 2303.02861), with features of images and texts as hidden states. The
-KL is over the classes of the example's task, whichever classes compete in the cross entropy. In a
+KL compares the classes of the example's task, whichever classes compete in the cross entropy. In a
 multi-label task, every class has its own distribution, and the mean of their KLs is taken.
 """
 
