@@ -31,7 +31,7 @@ def tokenizer(tmp_path_factory):
 
 
 def full(tokenizer, tasks=image_jobs.ARRAYS, name="SOURCE_TASKS", **macros):
-    names = {name: list(tasks), "TASK_MODULES": [image_jobs.__name__], "ROOT": "/root"}
+    names = {name: list(tasks), "TASK_MODULES": [image_jobs.__name__], "ROOT": "ROOT"}
     given = {"CLIP_TOKENIZER": str(tokenizer), "INITIAL_CHECKPOINT_PATH": "none", **names, **macros}
     return [f"{name} = {x if str(x).startswith('@') else repr(x)}" for name, x in given.items()]
 
@@ -67,7 +67,7 @@ def test_target_stage_has_independent_runs(tokenizer):
     model = value("MODEL")
     assert trained(model) == 3 * (TEXT + IMAGE + 528 + 960)
     assert model.runs.num_groups == 3 and not model.has_teacher
-    assert value("INITIAL_ARTIFACT") == "/root/clip_mpt_source/artifact"
+    assert value("INITIAL_ARTIFACT") == "ROOT/clip_mpt_source/artifact"
     assert value("MODEL").prompt.start_from == dict.fromkeys(
         ("text_context", "image_tokens"), "average"
     )
@@ -110,7 +110,7 @@ def test_source_stage_distills_from_the_teacher_stage(tokenizer):
     model.check_teacher(teacher.prompt)
     assert model.objective == ClassObjective("own", ClassDistillation())
     origins = gin.query_parameter("TrainStateInitializer.origins").scoped_configurable_fn()
-    assert origins.teachers == ("/root/clip_pt_source/artifact",)
+    assert origins.teachers == ("ROOT/clip_pt_source/artifact",)
     assert origins.teachers_command.endswith("--gin_file=gin/clip_pt_source.gin")
     params = abstract_params(model)
     assert params["teacher/image_tokens"] == (3, 192, 768)

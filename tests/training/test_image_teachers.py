@@ -21,10 +21,11 @@ from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.shared_prompt import SharedPrompt
 from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
 from mpt_jax.prompts.upt import UPT, PromptTransformer
+from mpt_jax.t5x_compat import train_state_adapter
 from mpt_jax.training import train_step, trainer
 from mpt_jax.training.initialization import Origins, initialize_params
 from mpt_jax.training.optimizers import PromptOptimizer, sgd
-from mpt_jax.training.partitioning import PjitPartitioner
+from mpt_jax.training.partitioning import PjitPartitioner, to_host
 from mpt_jax.training.row_compaction import RowCompactor
 from mpt_jax.training.schedules import EpochCosine
 from mpt_jax.training.state import create_train_state, param_shapes, trainable_labels
@@ -398,3 +399,44 @@ def test_trainer_learns_from_its_teacher():
     after = one.evaluate([batch])
     for term in ("hidden_image", "hidden_text"):
         assert after[f"term/{term}"] < 0.5 * before[f"term/{term}"], term
+
+
+@pytest.mark.devices(8)
+def test_runs_over_several_devices_match_one_device():
+    """Prompts of runs are on the shard of their examples; teachers are on every device."""
+    runs = Runs(["pets", "shapes"] * 2, list("abcd"), "independent")
+    batch = tiny_clip.batch([0, 0, 1, 1, 2, 2, 3, 3], [0, 2, 1, 0, 1, 0, 0, 1])
+    batch = {name: np.asarray(value) for name, value in batch.items()}
+    found = []
+    for number in (1, 4):
+        model, params = made(runs)
+        mesh = PjitPartitioner(devices=jax.devices()[:number])
+        state = create_train_state(model, jax.tree.map(jnp.array, params), mesh, number > 1)
+        one = trainer.Trainer(model, state, mesh, KEY, rows_by_run=number > 1)
+        for _ in range(2):
+            one.train(batch)
+        metrics = one.read_metrics() | one.evaluate([batch])
+        found.append((to_host(one.state.trainable), metrics))
+        if number > 1:
+            frozen, trainable = one.state.frozen["teacher"], one.state.trainable["prompt"]
+            assert all(leaf.sharding.is_fully_replicated for leaf in frozen.values())
+            assert not trainable[TEXT]["task_left"].sharding.is_fully_replicated
+    tiny.close(found[1][0], found[0][0], 1e-5)
+    for name in ("term/kl", "term/hidden_image", "term/hidden_text", "loss/d"):
+        assert found[1][1][name] == pytest.approx(found[0][1][name], rel=1e-4)
+
+
+# --- T5X -----------------------------------------------------------------------------------------
+
+
+def test_t5x_replicates_teachers_and_saves_none():
+    model, params = made()
+    origins = Origins(scratch=True)
+    host = train_state_adapter.Host(model, origins, model.optimizer_def, partitioner=None)
+    assert host.axes["teacher/class_features"] == (None, None)
+    assert host.axes["teacher/image_tokens"] == (None, None, None)
+    opt_state = host.optimizer.init(host.split(params)[0])
+    state = train_state_adapter.HostState(jnp.zeros((), jnp.int32), params, opt_state, host)
+    saved = flatten(state.state_dict())
+    assert any("prompt/" in name for name in saved)
+    assert not any("teacher" in name for name in saved)
