@@ -139,7 +139,11 @@ class Model(abc.ABC):
 
     def check_teacher(self, method: PromptMethod) -> None:
         """Raises ValueError if prompts of a method cannot be those of this model's teachers."""
-        del method
+        if "" not in method.parts:
+            raise ValueError(
+                f"An artifact of TEACHERS has prompts for {' and '.join(method.parts)}, which are "
+                "inputs of a model of images. Set TEACHERS to artifacts of jobs on texts."
+            )
 
     def teacher_params(self, params: Params, prompts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the parameters of the teachers, given parameters with the backbone's, and the

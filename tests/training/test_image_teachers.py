@@ -175,6 +175,13 @@ def test_incompatible_teachers_fail(tmp_path, name, change, words):
         loaded(model_of(), path)
 
 
+def test_teachers_of_texts_and_images_are_not_exchanged():
+    with pytest.raises(ValueError, match="text_context and image_tokens, which are .* of images"):
+        tiny.model().check_teacher(SINGLE)
+    with pytest.raises(ValueError, match="positions of texts: saved 3, current nothing"):
+        model_of().check_teacher(PromptTuning(3))
+
+
 def test_teachers_of_class_contexts_know_only_their_own_classes(tmp_path):
     """Every class of a task has a context. The artifact of one task has no digest of another's."""
     method = SitePrompts(PromptTuning(3 * C, WIDE), text_classes=3)
