@@ -18,9 +18,11 @@ from mpt_jax.backbones.clip.network import CLIP
 from mpt_jax.core.comparison import differences
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Params
+from mpt_jax.core.tree import Rules
 from mpt_jax.models import class_distillation
 from mpt_jax.models.class_bank import ClassBank
 from mpt_jax.models.class_texts import ClassTexts, class_texts
+from mpt_jax.models.model import FROZEN
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.row_ops import gather_rows
 from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
@@ -188,10 +190,10 @@ class ClassTeachers:
 
 
 def check_distillation(
-    distillation: class_distillation.ClassDistillation, prompt: SitePrompts, trains_backbone: bool
+    distillation: class_distillation.ClassDistillation, prompt: SitePrompts, labels: Rules
 ) -> None:
-    """Raises ValueError if a model cannot have teachers."""
-    if trains_backbone:
+    """Raises ValueError if a model with these rules besides the method's cannot have teachers."""
+    if any(label != FROZEN and not pattern.startswith("prompt/") for pattern, label in labels):
         raise ValueError(
             "Distillation computes the features of its teachers once, so the backbone cannot be "
             "trainable. Set TRAINABLE = () to freeze it, or DISTILLATION = None to train without "
@@ -200,5 +202,5 @@ def check_distillation(
     if prompt.reads_image and "hidden_text" in distillation.coefficients():
         raise ValueError(
             "The texts of this model depend on the image, so they have no features to compare with "
-            "those of a teacher. Set class_losses.ClassDistillation.text_weight = 0."
+            "those of a teacher. Set class_losses.ClassDistillation.text_weight = 0.0."
         )

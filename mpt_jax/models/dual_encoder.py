@@ -105,7 +105,7 @@ class PromptedDualEncoder(ClassScores, ClassTeachers, ClassInterface, Model):
         _check_context(prompt, texts)
         _check_lengths(prompt, runs)
         if (distillation := self.objective.distillation) is not None:
-            check_distillation(distillation, prompt, self._trains_backbone)
+            check_distillation(distillation, prompt, labels)
         self.labels = (
             *labels,
             *((f"prompt/{pattern}", label) for pattern, label in prompt.labels),

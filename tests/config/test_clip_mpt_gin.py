@@ -49,6 +49,7 @@ def targets(tokenizer, tasks=image_jobs.ARRAYS, **macros):
         ({"RANK": 2}, TEXT + IMAGE, 2 * (528 + 960)),
         ({"IMAGE_PROMPT": None}, TEXT, 528),
         ({"TEXT_PROMPT": None, "CONTEXT_LENGTH": 0}, IMAGE, 960),
+        ({"TRAINABLE": [("prompt/.*/task_left", "frozen")]}, TEXT + IMAGE, 512 + 768),
         ({"IMAGE_LAYERS": 1, "LAYER_FACTORS": "each"}, TEXT + 16 * 768, 528 + 784),
     ],
 )
@@ -127,6 +128,10 @@ def test_distillation_from_zero_shot_clip_or_none(tokenizer):
     parse(["gin/coop_target.gin"], targets(tokenizer, ("job_pets",), **given))
     model = value("MODEL")
     assert model.objective.distillation == ClassDistillation(teacher="zero_shot")
+    given["class_losses.ClassDistillation.text_weight"] = 0.0
+    files = ["gin/coop_target.gin", "gin/methods/cocoop.gin"]
+    parse(files, targets(tokenizer, ("job_pets",), **given))
+    assert list(value("MODEL").objective.coefficients()) == ["cross_entropy", "kl", "hidden_image"]
 
 
 # --- The nested comparison -----------------------------------------------------------------------

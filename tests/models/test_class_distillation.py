@@ -400,6 +400,8 @@ def test_settings_out_of_range_fail(settings, words):
 def test_models_that_cannot_have_teachers_fail():
     with pytest.raises(ValueError, match="backbone cannot be trainable. Set TRAINABLE = "):
         made("text", labels=((r"text_encoder/.*", "backbone"),))
+    model, _, _ = made("mpt", labels=((r"prompt/.*/task_left", "frozen"),))
+    assert model.has_teacher, "only the backbone has to be frozen"
     reads = SitePrompts(CoCoOp(C, init_prompt=WIDE))
     objective = ClassObjective("own", ALL)
     with pytest.raises(ValueError, match="text_weight = 0"):
