@@ -115,6 +115,10 @@ class PromptedClassifier(PromptedDualEncoder):
     def _check(self) -> None:
         """Raises ValueError if settings contradict each other."""
         prompt, texts = self.prompt, self.texts
+        if self.objective.distillation is not None:
+            raise ValueError(
+                "A classifier with lanes has no teachers. Set HeadObjective.distillation to None."
+            )
         if texts.most_classes > prompt.num_classes:
             raise ValueError(
                 f"A task has {texts.most_classes} classes, but MultiLane.num_classes is "

@@ -44,6 +44,9 @@ OF_IMAGES = [f"gin/{name}.gin" for name in ("coop_target", "vpt_target", "tiny_v
 OF_IMAGES += [f"gin/{name}.gin" for name in ("mvlpt_source", "mvlpt_target")]
 OF_IMAGES += [f"gin/methods/{name}.gin" for name in ("coop", "cocoop", "vpt", "upt", "sgd")]
 OF_IMAGES += ["gin/runs/image_cache.gin"]
+# tests/config/test_clip_mpt_gin.py.
+OF_IMAGES += [f"gin/{x}.gin" for x in ("clip_mpt_source", "clip_mpt_target", "clip_pt_source")]
+OF_IMAGES += ["gin/methods/clip_mpt.gin"]
 # tests/config/test_lane_gin.py.
 OF_IMAGES += [f"gin/{x}.gin" for x in ("multilane", "methods/multi_lane", "runs/joint_lanes")]
 STAGES = [
