@@ -89,7 +89,7 @@ def test_coop_target_trains_and_records_its_scores(clip, coop, tmp_path):
     assert set(record["data"]) == set(PAIR)
     run_job(["coop_target"], bindings(clip, tmp_path, PAIR, **COOP, TRAIN_STEPS=0))
     first, last = prompts(tmp_path / "coop_target"), prompts(folder)
-    moved = np.abs(np.asarray(last["text_context/shared"] - first["text_context/table"]))
+    moved = np.abs(np.asarray(last["text_context/shared"] - first["text_context/shared"]))
     assert (moved.max((1, 2)) > 1e-5).all()  # of each run
 
 

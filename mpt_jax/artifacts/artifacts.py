@@ -359,6 +359,9 @@ def _check_params(
         prefix = f"{part}/" if part else ""
         named = {k.removeprefix(prefix): v for k, v in leaves.items() if k.startswith(prefix)}
         _check_composes(path, own, runs, named)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in leaves.items()}
+    with schema.damage(f"{path / TENSORS} does not match the settings in {CONFIG}", COPY_AGAIN):
+        jax.eval_shape(lambda params: method.separated(params, runs)[1], unflatten(shapes))
 
 
 def _check_composes(
@@ -367,13 +370,15 @@ def _check_composes(
     """Raises ValueError if prompts of the method's length cannot be composed from arrays."""
     width = next((x.shape[-1] for name, x in leaves.items() if method.axes[name][-1] == "embed"), 0)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in leaves.items()}
+    joint = (x.shape[1] for name, x in leaves.items() if method.axes[name][1:2] == ("joint",))
     pooled: Any = jax.ShapeDtypeStruct((1, width), jnp.float32)
+    features: Any = jax.ShapeDtypeStruct((1, next(joint, 0)), jnp.float32)
     what = f"{path / TENSORS} does not match the settings of {method.name!r} in {CONFIG}"
     with schema.damage(what, COPY_AGAIN):
         shape = jax.eval_shape(
             lambda params, given: method.compose(params, runs, jnp.zeros(1, jnp.int32), given),
             shapes,
-            PromptContext(pooled),
+            PromptContext(pooled, image_features=features),
         ).shape
         length = max(method.prompt_lengths(runs))
         if shape[1:] != (method.prompt_length, width) or length > method.prompt_length:

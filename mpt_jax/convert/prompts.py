@@ -287,7 +287,8 @@ def from_artifact(source: epath.Path, target: epath.Path, to: str, say: Say = pr
         )
     if artifact.method.reads_input:
         raise ValueError(
-            f"{source} has the method {artifact.method.name!r}, whose prompts depend on the input. "
+            f"{source} has the method {artifact.method.name!r}, whose prompts depend on the "
+            f"{'text' if artifact.method.reads_text else 'image'}. "
             "Other programs have no format for such prompts. Use the artifact itself with `mpt-jax "
             "predict` or `mpt-jax export`."
         )

@@ -383,15 +383,16 @@ def _check_shapes(
     """Raises ValueError if the images or the prompts do not have the sizes of the backbone."""
     assert config.text is not None
     image = config.image
-    compared = [("images of {} pixels", inputs.transform["size"], image.image_size)]
+    compared: list[Any] = [("images of {} pixels", inputs.transform["size"], image.image_size)]
     for site, tower in ((TEXT, config.text), (IMAGE, image)):
-        if site in prompt:
-            width = prompt[site]["table"].shape[-1]
-            compared.append((f"{site} of width {{}}", width, tower.emb_dim))
+        for name, leaf in prompt.get(site, {}).items():
+            sizes = dict(zip(method.parts[site].axes[name], leaf.shape, strict=True))
+            compared.append((f"{site} of width {{}}", sizes.get("embed"), tower.emb_dim))
+            compared.append(("features of width {}", sizes.get("joint"), config.joint_dim))
     if IMAGE in prompt and method.image_layers != 1:
         compared.append((f"{IMAGE} in {{}} layers", method.image_layers, image.num_layers))
     for what, size, expected in compared:
-        if size != expected:
+        if size is not None and size != expected:
             raise ValueError(
                 f"The artifacts {abbreviate([x.path for x in found])} have {what.format(size)}, "
                 f"but the backbone has {what.format(expected)}. {artifacts.COPY_AGAIN}"
