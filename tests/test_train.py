@@ -206,6 +206,7 @@ def test_train_resumed_with_other_artifact_error(backbone, tmp_path):
         run(backbone, tmp_path / "run", steps=4, origins=origins[1])
 
 
+@pytest.mark.slow
 def test_train_resumed_with_other_learning_rate_logged(backbone, tmp_path, caplog):
     run(backbone, tmp_path / "run", steps=2)
     with caplog.at_level("WARNING", logger="absl"):
@@ -361,6 +362,7 @@ def test_train_independent_groups_equal_solo_runs(backbone, tmp_path):
             np.testing.assert_allclose(grouped[leaf][row], solo[leaf][0], 1e-5, 1e-5, leaf)
 
 
+@pytest.mark.slow
 def test_train_select_best_keeps_best_step_per_group(backbone, tmp_path):
     model = build(runs=Runs(TASKS, groups="independent"))
     best = SelectBest(model, str(tmp_path / "run"), "accuracy")
@@ -498,6 +500,7 @@ def test_train_fleet_run_that_ended_early_equals_solo_run_and_starts_others(back
     run(backbone, tmp_path / "next", build(), 2, start)
 
 
+@pytest.mark.slow
 def test_train_fleet_extended_resumes_finished_runs(backbone, tmp_path):
     """All runs had ended, each with its own schedule, so nothing was left to train."""
     run_fleet(backbone, tmp_path / "run", 4, totals=(2, 4, 4))
@@ -536,6 +539,7 @@ def test_train_fleet_all_runs_failed_exports_best_steps(backbone, tmp_path, monk
         assert f"| trainable parameters | {count:,} |" in card
 
 
+@pytest.mark.slow
 def test_train_fleet_patience_ends_runs_then_job(backbone, tmp_path):
     run_fleet(backbone, tmp_path / "run", patience=[2, 1, 1], totals=(9, 9, 9))
     assert endings(tmp_path / "run") == {

@@ -186,6 +186,7 @@ def test_train_resume_with_changed_file_raises_and_with_restored_file_resumes(ba
     assert f"| train |  | {rows} | `{size['train']['sha256']}` |" in card
 
 
+@pytest.mark.slow
 def test_train_resume_with_changed_validation_file_raises(backbone):
     given = {"train": write("train.jsonl", range(9)), "validation": write("dev.jsonl", range(4))}
     register("trj_dev", **given)

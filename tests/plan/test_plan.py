@@ -302,6 +302,7 @@ def test_from_json_reads_what_as_json_wrote_and_damage_raises():
         format.from_json({name: x for name, x in record.items() if name != "peak"})
 
 
+@pytest.mark.slow
 def test_compile_steps_too_large_step_does_not_fit(libtpu):
     wide = dataclasses.replace(CONFIG, mlp_dim=1 << 21, num_encoder_layers=6)
     (found,) = steps.compile_steps(job(wide, 4), steps.MeshLayout("v5e:2x2"), ["train"])

@@ -119,8 +119,14 @@ def params_of(model):
     return {**params, "prompt": {**params["prompt"], TEXT: {**context, **active}}}
 
 
-@pytest.mark.parametrize("softmax", ["own", "union"])
-@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize(
+    ("softmax", "image"),
+    [
+        ("union", True),
+        pytest.param("own", True, marks=pytest.mark.slow),
+        pytest.param("own", False, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_are_those_of_coop_with_the_context_of_each_image(softmax, image):
     """The oracle: for each image, a model with its context as a plain one."""
     model, batch = made(softmax, image), tiny_clip.batch([0, 1, 0], [1, 1, 2])

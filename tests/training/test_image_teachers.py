@@ -283,6 +283,7 @@ def row_of(tree, row):
     return {name: np.asarray(leaf)[row] for name, leaf in flatten(tree).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 3])
 def test_microbatches_change_only_rounding(parts):
     model, params = made(JOINT)
@@ -293,6 +294,7 @@ def test_microbatches_change_only_rounding(parts):
     assert expected[1]["term/kl"].weight.tolist() == [5.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["artifacts", "zero_shot"])
 def test_independent_runs_match_separate_jobs(teacher):
     """Every term and gradient of the first step, and parameters after three."""
@@ -408,6 +410,7 @@ def test_trainer_learns_from_its_teacher():
         assert after[f"term/{term}"] < 0.5 * before[f"term/{term}"], term
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_runs_over_several_devices_match_one_device():
     """Prompts of runs are on the shard of their examples; teachers are on every device."""

@@ -81,6 +81,7 @@ def test_failed_run_leaves_the_gradient_of_others():
         np.testing.assert_allclose(one[jnp.array([0, 2])], other[jnp.array([0, 2])], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_runs_of_one_job_equal_solo_runs():
     model = tiny_lanes.model(runs=APART, optimizer_def=RECIPE)
     params, made = tiny_lanes.params(model), batch([0, 1, 2])
