@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.core.shapes import Array, Bool, Float, Int
+from mpt_jax.models.objective import refuse_ineffective
 
 ARTIFACTS, ZERO_SHOT = "artifacts", "zero_shot"
-_STACKS = ("image_weight", "text_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +71,8 @@ class ClassDistillation:
                 f"{weights[1]}; they must not be negative, nor both 0. Correct them, or set hidden "
                 "to False."
             )
-        self._refuse_ineffective("temperature", "logits")
-        for setting in _STACKS:
-            self._refuse_ineffective(setting, "hidden")
-
-    def _refuse_ineffective(self, setting: str, term: str) -> None:
-        """Raises ValueError if a setting has a non-default value but the term it affects is off."""
-        default, value = getattr(type(self), setting), getattr(self, setting)
-        if not getattr(self, term) and value != default:
-            raise ValueError(
-                f"ClassDistillation.{setting}={value!r} would have no effect with {term}=False. "
-                f"Leave it at {default!r}, or turn on {term}."
-            )
+        refuse_ineffective(self, ("temperature",), "logits")
+        refuse_ineffective(self, ("image_weight", "text_weight"), "hidden")
 
     def coefficients(self) -> dict[str, float]:
         """Returns each enabled term's coefficient in the total loss."""

@@ -52,8 +52,8 @@ class ClassScores:
             `'union'`; minus infinity at classes that do not compete.
         """
         if self.objective.softmax == class_losses.OWN:
-            return self.own_logits(params, batch, prompt_rng, texts, images)
-        key = _key(prompt_rng)
+            return self.own_logits(params, batch, prompt_rng, images, texts)
+        key = site_key(prompt_rng)
         images = self.image_features(params, batch, key) if images is None else images
         if self.prompt.reads_image:
             number = len(self.bank.row)
@@ -70,7 +70,7 @@ class ClassScores:
     ) -> tuple[Float[Array, "B U"], Float[Array, "N U"] | None]:
         """Returns the features of images and of class texts that `logits` compares; None for texts
         that depend on the image."""
-        key = _key(prompt_rng)
+        key = site_key(prompt_rng)
         images = self.image_features(params, batch, key)
         return images, None if self.prompt.reads_image else self.text_features(params, batch, key)
 
@@ -79,13 +79,13 @@ class ClassScores:
         params: Params,
         batch: Batch,
         prompt_rng: Key | None = None,
-        texts: Float[Array, "N U"] | None = None,
         images: Float[Array, "B U"] | None = None,
+        texts: Float[Array, "N U"] | None = None,
     ) -> Float[Array, "B C"]:
         """Returns the scaled cosines with the classes of each example's task, in the order of their
-        ids; minus infinity at classes that the task does not have. `texts` and `images` are the
-        features of class texts and images, if they are known."""
-        key, task_ids = _key(prompt_rng), batch["task_ids"]
+        ids; minus infinity at classes that the task does not have. `images` and `texts` are the
+        features of images and class texts, if they are known."""
+        key, task_ids = site_key(prompt_rng), batch["task_ids"]
         images = self.image_features(params, batch, key) if images is None else images
         if self.prompt.reads_image:
             entries = self.bank.entries(task_ids)
@@ -152,9 +152,9 @@ class ClassScores:
         self, params: Params, batch: Batch, prompts: Float[Array, "B _ _ _"] | None
     ) -> Float[Array, "B U"]:
         """Returns the normalized features of a batch's images, with image tokens unless None."""
-        variables = _variables(params, "image_encoder")
+        variables = tower_variables(params, "image_encoder")
         encode = functools.partial(self.module.apply, variables, method="encode_image")
-        return _normalized(encode(batch["image"], prompts))
+        return normalized(encode(batch["image"], prompts))
 
     def text_features(
         self, params: Params, batch: Batch | None = None, key: Key | None = None
@@ -180,28 +180,29 @@ class ClassScores:
 
     def _text_encoder(self, params: Params) -> Encode:
         """Returns the function that encodes texts for the bank."""
-        variables = _variables(params, "text_encoder")
+        variables = tower_variables(params, "text_encoder")
 
         def encode(tokens: Array, rows: Array | None, slots: Array, eot: Array) -> Array:
             embedded: Any = self.module.apply(variables, tokens, method="embed_tokens")
             if rows is not None:
                 embedded = jnp.where(slots[..., None] > 0, rows.astype(embedded.dtype), embedded)
-            return _normalized(self.module.apply(variables, embedded, eot, method="encode_text"))
+            return normalized(self.module.apply(variables, embedded, eot, method="encode_text"))
 
         return encode
 
 
-def _key(prompt_rng: Key | None) -> Key | None:
+def site_key(prompt_rng: Key | None) -> Key | None:
+    """Returns the random key of prompts at sites, if there is one."""
     return None if prompt_rng is None else jax.random.fold_in(prompt_rng, 2)
 
 
-def _variables(params: Params, tower: str) -> dict[str, Any]:
+def tower_variables(params: Params, tower: str) -> dict[str, Any]:
     """Returns the variables that the module needs to run one tower, which does not read the scale
     but declares it."""
     return {"params": {tower: params[tower], "logit_scale": params.get("logit_scale", 0.0)}}
 
 
-def _normalized(features: Any) -> Float[Array, "... U"]:
+def normalized(features: Any) -> Float[Array, "... U"]:
     """Returns features divided by their norms, float32."""
     features = features.astype(jnp.float32)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)

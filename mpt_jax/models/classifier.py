@@ -10,8 +10,6 @@ texts: the logits of an example are those of its task's head. Parameters are one
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -24,17 +22,21 @@ from mpt_jax.backbones.clip import lanes as lane_pass
 from mpt_jax.backbones.clip.network import CLIP
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
-from mpt_jax.core.tree import Rules, flatten, unflatten
+from mpt_jax.core.tree import Rules
 from mpt_jax.models import class_losses, losses, metrics
 from mpt_jax.models.class_bank import ClassBank
-from mpt_jax.models.class_scores import _key, _normalized, _variables
+from mpt_jax.models.class_scores import normalized, site_key, tower_variables
 from mpt_jax.models.class_texts import ClassTexts
-from mpt_jax.models.dual_encoder import BACKBONE, PromptedDualEncoder, _axes
+from mpt_jax.models.dual_encoder import (
+    BACKBONE,
+    PromptedDualEncoder,
+    class_names,
+    digests_of,
+)
 from mpt_jax.models.model import FROZEN, RowCost
 from mpt_jax.prompts.base import FLOAT32, PromptContext, row_axes
 from mpt_jax.prompts.lanes import MultiLane
 from mpt_jax.prompts.row_ops import gather_rows
-from mpt_jax.prompts.sites import SiteContext
 
 _TEXT = ("text_encoder", "logit_scale")
 
@@ -163,18 +165,14 @@ class PromptedClassifier(PromptedDualEncoder):
     def input_digests(self) -> Mapping[str, str]:
         """The digests of the image transform's settings, and of the class names of each task in
         their order."""
-        names = {_digest_name(task.task): task.names for task in self.texts.tasks}
-        settings = {"image_transform": self.image_transform.config(), **names}
-        return {
-            f"{name}_sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-            for name, value in settings.items()
-        }
+        transform = {"image_transform": self.image_transform.config()}
+        return digests_of({**transform, **class_names(self.texts)})
 
     def comparable_digests(self, runs: Runs) -> Mapping[str, str]:
         """Returns the `input_digests` without the class names of tasks that are not those of
         `runs`, whose heads are new."""
         new = {task.task for task in self.texts.tasks} - set(runs.task_names)
-        left_out = {f"{_digest_name(task)}_sha256" for task in new}
+        left_out = {f"class_names_of_{task}_sha256" for task in new}
         return {name: x for name, x in self.input_digests.items() if name not in left_out}
 
     @property
@@ -191,23 +189,7 @@ class PromptedClassifier(PromptedDualEncoder):
 
     # --- Parameters ------------------------------------------------------------------------------
 
-    def init_backbone(self, key: Key) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns random backbone parameters and their logical axes, in T5X's format."""
-        if self.module.config.text is not None:
-            return super().init_backbone(key)
-        size = self.module.config.image.image_size
-        images = jnp.zeros((1, size, size, 3), jnp.uint8)
-        variables = flax.core.unfreeze(self.module.init(key, images, None, None))
-        return variables["params"], variables["params_axes"]
-
-    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
-        """Returns the method's initial parameters, which do not depend on the embedding."""
-        config = self.module.config
-        width = config.image.emb_dim
-        context = SiteContext(embedding, None, width, config.joint_dim or width)
-        return self.prompt.init(key, self.runs, context)
-
-    def get_initial_variables(
+    def get_initialtower_variables(
         self,
         rng: Key,
         input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -215,11 +197,7 @@ class PromptedClassifier(PromptedDualEncoder):
     ) -> Params:
         """Returns the whole parameter tree, randomly initialized, and its logical axes; see
         `Model`."""
-        backbone_key, prompt_key = jax.random.split(rng)
-        params, axes = self.init_backbone(backbone_key)
-        params["prompt"] = self.init_prompt(prompt_key, self.embedding(params))
-        names = flatten(params["prompt"])
-        axes["prompt"] = unflatten({f"{n}_axes": _axes(self.prompt.axes[n]) for n in names})
+        params, axes = self.initial_params(rng)
         if self.precomputes:
             params = self.precompute(params)
             left = {"text_encoder", "logit_scale_axes"}
@@ -249,7 +227,7 @@ class PromptedClassifier(PromptedDualEncoder):
         """Returns the features of images in the lane of each example's task (J = 1) or, if `every`,
         in the lanes of all K bank rows; of length 1 if `normalize`."""
         config, tower = self.module.config, params["image_encoder"]
-        variables = _variables(params, "image_encoder")
+        variables = tower_variables(params, "image_encoder")
         encode: Any = self.module.apply
         _, hidden = encode(variables, batch["image"], None, True, method="encode_image")
         lanes = self._lanes_of_layers(params, key)
@@ -268,7 +246,7 @@ class PromptedClassifier(PromptedDualEncoder):
             )
 
         features = jax.vmap(of_image, (0, None if every else 0))(hidden[:-1], lanes)
-        return _normalized(features) if self.normalize else features
+        return normalized(features) if self.normalize else features
 
     def _lanes_of_layers(self, params: Params, key: Key | None) -> list[lane_pass.LayerLanes]:
         """Returns what the lanes of all bank rows bring to each layer."""
@@ -295,12 +273,10 @@ class PromptedClassifier(PromptedDualEncoder):
         params: Params,
         batch: Batch,
         prompt_rng: Key | None = None,
-        texts: Float[Array, "N U"] | None = None,
     ) -> Float[Array, "B C"]:
         """Returns the logits of the classes of each example's task, in the order of their ids;
-        minus infinity at classes that the task does not have. `texts` must be None."""
-        del texts
-        task_ids, key = batch["task_ids"], _key(prompt_rng)
+        minus infinity at classes that the task does not have."""
+        task_ids, key = batch["task_ids"], site_key(prompt_rng)
         features = self.lane_features(params, batch, key)[:, 0]
         kernel, bias = self.prompt.head(params["prompt"], task_ids)
         product = jnp.einsum("bu,bcu->bc", features, kernel, precision=FLOAT32)
@@ -358,7 +334,3 @@ class PromptedClassifier(PromptedDualEncoder):
         return RowCost(
             size * np.dtype(config.dtype).itemsize, f"with {tokens} tokens per image", None
         )
-
-
-def _digest_name(task: str) -> str:
-    return f"class_names_of_{task}"

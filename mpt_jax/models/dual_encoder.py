@@ -23,19 +23,18 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from mpt_jax.backbones.clip.network import CLIP
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
-from mpt_jax.core.tree import Rules, flatten, unflatten
+from mpt_jax.core.tree import Rules
 from mpt_jax.models import class_losses, losses, metrics
 from mpt_jax.models.class_bank import ClassBank
 from mpt_jax.models.class_interface import ClassInterface
 from mpt_jax.models.class_scores import FEATURES, ClassScores
 from mpt_jax.models.class_teachers import TEACHER, ClassTeachers, check_distillation
 from mpt_jax.models.class_texts import ClassTexts
-from mpt_jax.models.model import FROZEN, Model, RowCost
+from mpt_jax.models.model import FROZEN, Model, RowCost, axes_of
 from mpt_jax.models.prompt_insertion import NUMBERS
 from mpt_jax.prompts.base import row_axes
 from mpt_jax.prompts.row_ops import numbers_within_rows
@@ -157,11 +156,8 @@ class PromptedDualEncoder(ClassScores, ClassTeachers, ClassInterface, Model):
         if TEXT in self.prompt.parts:
             settings["context_position"] = self.texts.position
         if self.prompt.text_classes:
-            settings |= {f"class_names_of_{task.task}": task.names for task in self.texts.tasks}
-        return {
-            f"{name}_sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-            for name, value in settings.items()
-        }
+            settings |= class_names(self.texts)
+        return digests_of(settings)
 
     @property
     def changeable_digests(self) -> Collection[str]:
@@ -177,10 +173,13 @@ class PromptedDualEncoder(ClassScores, ClassTeachers, ClassInterface, Model):
 
     def init_backbone(self, key: Key) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns random backbone parameters and their logical axes, in T5X's format."""
-        size = self.module.config.image.image_size
+        config = self.module.config
+        size = config.image.image_size
         images = jnp.zeros((1, size, size, 3), jnp.uint8)
-        tokens, eot = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
-        variables = flax.core.unfreeze(self.module.init(key, images, tokens, eot))
+        texts = (jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32))
+        variables = flax.core.unfreeze(
+            self.module.init(key, images, *(texts if config.text is not None else (None, None)))
+        )
         return variables["params"], variables["params_axes"]
 
     def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
@@ -198,20 +197,16 @@ class PromptedDualEncoder(ClassScores, ClassTeachers, ClassInterface, Model):
     ) -> Params:
         """Returns the whole parameter tree, randomly initialized, and its logical axes; see
         `Model`."""
-        backbone_key, prompt_key = jax.random.split(rng)
-        params, axes = self.init_backbone(backbone_key)
-        params["prompt"] = self.init_prompt(prompt_key, self.embedding(params))
-        names = flatten(params["prompt"])
-        axes["prompt"] = unflatten({f"{n}_axes": _axes(self.prompt.axes[n]) for n in names})
+        params, axes = self.initial_params(rng)
         if self.precomputes:
             del params["text_encoder"], axes["text_encoder"]
             shape = (self.texts.num_classes, self.module.config.joint_dim)
             params[FEATURES] = {"table": jnp.zeros(shape, jnp.float32)}
-            axes[FEATURES] = {"table_axes": _axes(("classes", "joint"))}
+            axes[FEATURES] = {"table_axes": axes_of(("classes", "joint"))}
         if self.has_teacher:
             leaves = self.teacher_shapes().items()
             params[TEACHER] = {name: jnp.zeros(shape, jnp.float32) for name, (shape, _) in leaves}
-            axes[TEACHER] = {f"{name}_axes": _axes(names) for name, (_, names) in leaves}
+            axes[TEACHER] = {f"{name}_axes": axes_of(names) for name, (_, names) in leaves}
         return flax.core.freeze({"params": params, "params_axes": axes})
 
     @property
@@ -316,6 +311,19 @@ class PromptedDualEncoder(ClassScores, ClassTeachers, ClassInterface, Model):
         return class_losses.by_group(values, batch, groups, self.runs.num_groups)
 
 
+def class_names(texts: ClassTexts) -> dict[str, Sequence[str]]:
+    """Returns the class names of each task in their order, by the name of their digest."""
+    return {f"class_names_of_{task.task}": task.names for task in texts.tasks}
+
+
+def digests_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the SHA-256 of settings, which are JSON values, as `<name>_sha256`."""
+    return {
+        f"{name}_sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        for name, value in settings.items()
+    }
+
+
 def _check_context(prompt: SitePrompts, texts: ClassTexts) -> None:
     """Raises ValueError if class texts do not reserve the positions of the text prompt."""
     length = 0
@@ -343,7 +351,3 @@ def _check_lengths(prompt: SitePrompts, runs: Runs) -> None:
                 f"The prompts of {site} have different lengths ({shown} positions), but all runs "
                 "need the same. Set PRIVATE_LENGTH to one number."
             )
-
-
-def _axes(names: tuple[str, ...]) -> nn.partitioning.AxisMetadata:
-    return nn.partitioning.AxisMetadata(names=jax.sharding.PartitionSpec(*names))

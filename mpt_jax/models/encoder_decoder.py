@@ -20,7 +20,6 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from mpt_jax.backbones.t5.network import Transformer
 from mpt_jax.core.batch import encoder_mask, is_packed
@@ -28,7 +27,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
 from mpt_jax.core.tree import Rules
 from mpt_jax.models import decoding, losses, metrics, prompt_insertion
-from mpt_jax.models.model import FROZEN, Model, RowCost
+from mpt_jax.models.model import FROZEN, Model, RowCost, axes_of
 from mpt_jax.models.t5x_interface import T5XInterface
 from mpt_jax.prompts.base import InitContext, PromptMethod, row_axes
 from mpt_jax.prompts.prompt_tuning import PromptTuning
@@ -151,17 +150,12 @@ class PromptedEncoderDecoder(T5XInterface, Model):
     ) -> Params:
         """Returns the whole parameter tree, randomly initialized, and its logical axes; see
         `Model`."""
-        backbone_key, prompt_key = jax.random.split(rng)
-        params, axes = self.init_backbone(backbone_key)
-        embedding = self.embedding(params)
-        # A method without parameters has no `prompt` branch.
-        if prompt := self.init_prompt(prompt_key, embedding):
-            params["prompt"] = prompt
-            axes["prompt"] = {f"{name}_axes": _axes(self.prompt.axes[name]) for name in prompt}
+        params, axes = self.initial_params(rng)
         if self.has_teacher:
-            shape = (self.runs.num_rows, self.prompt.prompt_length, embedding.shape[1])
+            width = self.embedding(params).shape[1]
+            shape = (self.runs.num_rows, self.prompt.prompt_length, width)
             params["teacher"] = {"table": jnp.zeros(shape, jnp.float32)}
-            axes["teacher"] = {"table_axes": _axes(("tasks", "prompt", "embed"))}
+            axes["teacher"] = {"table_axes": axes_of(("tasks", "prompt", "embed"))}
         return flax.core.freeze({"params": params, "params_axes": axes})
 
     # --- Forward ---------------------------------------------------------------------------------
@@ -335,10 +329,6 @@ class PromptedEncoderDecoder(T5XInterface, Model):
             return config.num_encoder_layers + 1, config.num_decoder_layers + 1
         count = 1 if distillation.hidden_layers == "last" else len(distillation.hidden_layers)
         return count, count
-
-
-def _axes(names: tuple[str, ...]) -> nn.partitioning.AxisMetadata:
-    return nn.partitioning.AxisMetadata(names=jax.sharding.PartitionSpec(*names))
 
 
 def _fold(rngs: Mapping[str, Key], index: int) -> dict[str, Key]:

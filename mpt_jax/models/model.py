@@ -12,11 +12,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from flax import linen as nn
 
 from mpt_jax.core.batch import num_rows
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
-from mpt_jax.core.tree import Rules, label_tree
+from mpt_jax.core.tree import Rules, flatten, label_tree, unflatten
 from mpt_jax.models import losses, metrics
 from mpt_jax.models.objective import Objective
 from mpt_jax.prompts.base import PromptMethod
@@ -41,6 +42,11 @@ class RowCost(NamedTuple):
     remat_setting: str | None
     exact_remedy: str | None = None
     other_remedy: str | None = None
+
+
+def axes_of(names: tuple[str, ...]) -> nn.partitioning.AxisMetadata:
+    """Returns the logical axes of a parameter, in T5X's format."""
+    return nn.partitioning.AxisMetadata(names=jax.sharding.PartitionSpec(*names))
 
 
 class Model(abc.ABC):
@@ -163,6 +169,17 @@ class Model(abc.ABC):
     @abc.abstractmethod
     def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
         """Returns the method's initial parameters, given the backbone's token embeddings."""
+
+    def initial_params(self, rng: Key) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns a random backbone with the method's initial parameters, and their logical axes,
+        in T5X's format. A method without parameters has no `prompt` branch."""
+        backbone_key, prompt_key = jax.random.split(rng)
+        params, axes = self.init_backbone(backbone_key)
+        if prompt := self.init_prompt(prompt_key, self.embedding(params)):
+            params["prompt"] = prompt
+            names = {f"{name}_axes": axes_of(self.prompt.axes[name]) for name in flatten(prompt)}
+            axes["prompt"] = unflatten(names)
+        return params, axes
 
     @abc.abstractmethod
     def get_initial_variables(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 _POSITIONS = ("include_prompt_positions", "include_text_positions")
 _STACKS = ("encoder_weight", "decoder_weight")
@@ -84,10 +84,10 @@ class Distillation:
                 f"{weights[1]}; they must not be negative, nor both 0. Correct them, or set "
                 "hidden to False."
             )
-        self._refuse_ineffective(("temperature", "t2_scale"), "logits")
-        self._refuse_ineffective(("hidden_layers", *_POSITIONS, *_STACKS), "hidden")
-        self._refuse_ineffective(("reduce",), "hidden", "prompt_distance")
-        self._refuse_ineffective(_POSITIONS, "encoder_weight")
+        refuse_ineffective(self, ("temperature", "t2_scale"), "logits")
+        refuse_ineffective(self, ("hidden_layers", *_POSITIONS, *_STACKS), "hidden")
+        refuse_ineffective(self, ("reduce",), "hidden", "prompt_distance")
+        refuse_ineffective(self, _POSITIONS, "encoder_weight")
 
     def __repr__(self) -> str:
         """Leaves out later fields at their defaults, so that fingerprints of jobs stay the same."""
@@ -98,19 +98,25 @@ class Distillation:
         ]
         return f"Distillation({', '.join(shown)})"
 
-    def _refuse_ineffective(self, settings: tuple[str, ...], *terms: str) -> None:
-        """Raises ValueError if a setting has a non-default value but all `terms` it affects are
-        off."""
-        if any(getattr(self, term) for term in terms):
-            return
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in settings and value != field.default:
-                raise ValueError(
-                    f"Distillation.{field.name}={value!r} would have no effect with "
-                    f"{' and '.join(f'{t}={getattr(self, t)}' for t in terms)}. Leave it at "
-                    f"{field.default!r}, or turn on {' or '.join(terms)}."
-                )
+
+def refuse_ineffective(chosen: Any, settings: Sequence[str], *terms: str) -> None:
+    """Raises ValueError if a setting has a non-default value but all `terms` it affects are off.
+
+    Args:
+        chosen: the dataclass with the settings and the terms.
+        settings: names of settings that affect only `terms`.
+        *terms: names of the fields that turn terms on.
+    """
+    if any(getattr(chosen, term) for term in terms):
+        return
+    for field in dataclasses.fields(chosen):
+        value = getattr(chosen, field.name)
+        if field.name in settings and value != field.default:
+            raise ValueError(
+                f"{type(chosen).__name__}.{field.name}={value!r} would have no effect with "
+                f"{' and '.join(f'{t}={getattr(chosen, t)}' for t in terms)}. Leave it at "
+                f"{field.default!r}, or turn on {' or '.join(terms)}."
+            )
 
 
 @runtime_checkable
