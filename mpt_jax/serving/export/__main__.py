@@ -22,7 +22,7 @@ from mpt_jax.serving.export.images import write_images
 from mpt_jax.serving.export.writing import Settings, check_new, write
 from mpt_jax.serving.predict import backbone
 from mpt_jax.serving.predict.__main__ import add_model_arguments, load_images
-from mpt_jax.serving.predict.image_server import is_of_images
+from mpt_jax.serving.predict.image_artifacts import is_of_images
 from mpt_jax.serving.prompt_bank import Bank, Named
 
 

@@ -24,7 +24,8 @@ from absl import logging
 from mpt_jax.artifacts.backbone_digest import CONFIG_FIELD, FIELD, backbone_config
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.runtime.resumable_output import Refused
-from mpt_jax.serving.predict.image_server import ImageServer, is_of_images
+from mpt_jax.serving.predict.image_artifacts import is_of_images
+from mpt_jax.serving.predict.image_server import ImageServer
 from mpt_jax.serving.predict.progress import Progress, say
 from mpt_jax.serving.predict.requests import MODES, Failure
 from mpt_jax.serving.predict.resumable_output import File, Output, Stream

@@ -14,17 +14,12 @@ import pytest
 from mpt_jax.runtime import paths
 from mpt_jax.serving.predict import __main__ as command
 from mpt_jax.serving.predict.image_server import ImageServer
-from tests.fixtures import image_jobs, image_serving
+from tests.fixtures import image_serving
 from tests.fixtures.image_files import encoded, noise
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXT_ARTIFACT = str(paths.SHIPPED / "tiny_t5" / "mpt_source")
 TASKS = ("pets", "shapes", "tags")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return image_jobs.write_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture(scope="module")

@@ -21,19 +21,14 @@ from mpt_jax.data import image_formats
 from mpt_jax.data.image_transforms import ImageTransform
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.sites import SitePrompts
-from mpt_jax.serving.predict import image_server
+from mpt_jax.serving.predict import image_artifacts
 from mpt_jax.serving.predict.image_server import ImageServer
 from mpt_jax.serving.predict.requests import Failure
-from tests.fixtures import clip_files, image_jobs, image_serving, saved_artifacts
+from tests.fixtures import clip_files, image_serving, saved_artifacts
 from tests.fixtures.image_files import encoded, noise, photo
 from tests.fixtures.image_serving import PETS, SHAPES, TAGS, save
 
 PIXELS = [noise(16, 16, seed) for seed in range(7)]
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return image_jobs.write_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +315,7 @@ def test_load_too_many_class_texts_fail_before_they_are_made(
     runs = None if rows == 3 else Runs(["pets"] * rows, [f"s{i}" for i in range(rows)])
     names = [f"class {i}" for i in range(1024 if rows == 3 else 2048)]
     folder = with_images(clip, tmp_path, kind, pets={"names": names, **pets}, runs=runs)
-    monkeypatch.setattr(image_server, "class_texts", lambda *_: pytest.fail("made texts"))
+    monkeypatch.setattr(image_artifacts, "class_texts", lambda *_: pytest.fail("made texts"))
     says = f"The artifacts have {number} class texts, and the limit is 1,048,576. Serve fewer"
     with pytest.raises(ValueError, match=says):
         load(clip, folder)
@@ -331,9 +326,9 @@ def test_load_counts_texts_of_templates_only_without_a_context(
     kind, number, clip, tmp_path, monkeypatch
 ):
     folder = save(tmp_path / "a", clip, kind).folder
-    monkeypatch.setattr(image_server, "MOST_TEXTS", number)
+    monkeypatch.setattr(image_artifacts, "MOST_TEXTS", number)
     assert load(clip, folder).names
-    monkeypatch.setattr(image_server, "MOST_TEXTS", number - 1)
+    monkeypatch.setattr(image_artifacts, "MOST_TEXTS", number - 1)
     with pytest.raises(ValueError, match=f"have {number} class texts"):
         load(clip, folder)
 
