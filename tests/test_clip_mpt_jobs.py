@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from mpt_jax.artifacts.artifacts import load_artifact
-from tests.fixtures import image_jobs
 from tests.fixtures.image_jobs import bindings, run_job
 from tests.fixtures.training_runs import assert_same_bits, prompts
+
+pytestmark = pytest.mark.usefixtures("cleared_gin")
 
 pytestmark = pytest.mark.slow
 
@@ -25,17 +26,6 @@ RECIPE = {
 }
 FLEET = {"SHOTS": [2], "SEEDS": [1]}
 RUNS = [f"{task}_k2_per_class_s1" for task in SOURCES]
-
-
-@pytest.fixture(autouse=True)
-def gin_configuration():
-    yield
-    gin.clear_config()
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return image_jobs.write_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 def source_bindings(clip, root, **macros):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 
-import gin
 import numpy as np
 import pytest
 import seqio
@@ -15,18 +14,9 @@ from mpt_jax.tasks import images
 from tests.fixtures import clip_files, image_files, image_jobs, memory_tasks
 from tests.fixtures.image_jobs import bindings, run_job
 
+pytestmark = pytest.mark.usefixtures("cleared_gin")
+
 COOP = {"CONTEXT_LENGTH": 2, "TRAIN_STEPS": 0}
-
-
-@pytest.fixture(autouse=True)
-def gin_configuration():
-    yield
-    gin.clear_config()
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return image_jobs.write_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture

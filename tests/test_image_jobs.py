@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import gin
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,22 +16,13 @@ from tests.fixtures import image_jobs, picture_files
 from tests.fixtures.image_jobs import bindings, run_job
 from tests.fixtures.training_runs import assert_same_bits, prompts
 
+pytestmark = pytest.mark.usefixtures("cleared_gin")
+
 PAIR = ("job_pets", "job_shapes")
 TAGGED = ("job_tags", "job_pets")  # the first is multi-label
 COOP = {"CONTEXT_LENGTH": 2, "STEPS_PER_EPOCH": 1, "EVAL_PERIOD": 4}
 AUGMENTATION = "@image_transforms.Augmentation()"
 VPT = {"IMAGE_TOKENS": 2, "STEPS_PER_EPOCH": 1, "EVAL_PERIOD": 4, "AUGMENTATION": AUGMENTATION}
-
-
-@pytest.fixture(autouse=True)
-def gin_configuration():
-    yield
-    gin.clear_config()
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return image_jobs.write_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +204,7 @@ def test_mvlpt_target_starts_from_the_mean_of_the_draws_of_the_source_stage(
     assert config(tmp_path / "mvlpt_source")["groups"] == [0, 1, 0, 1]
     assert {len(x) for x in source.values()} == {2}
     moved = [np.abs(x[0] - x[1]).max() for x in source.values()]
-    assert max(moved) > 1e-3  # the draws have prompts of their own
+    assert max(moved) > 1e-3  # the draws have separate prompts
     with caplog.at_level("WARNING", logger="absl"):
         run_job(["mvlpt_target", *files], bindings(clip, tmp_path, PAIR, **own, TRAIN_STEPS=0))
     assert "its image_transform_sha256 is" in caplog.text  # crop, then squash

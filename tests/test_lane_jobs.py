@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import json
 
-import gin
 import numpy as np
 import pytest
 
 from mpt_jax.artifacts import artifacts
 from mpt_jax.experiments import sequence_metrics
-from tests.fixtures import image_jobs
 from tests.fixtures.image_jobs import run_job
 from tests.fixtures.lane_jobs import KINDS, TAGS, bindings
 from tests.fixtures.training_runs import assert_same_bits, prompts
 
+pytestmark = pytest.mark.usefixtures("cleared_gin")
+
 ROWS = 3 + 2 * 2 * 2  # of a lane
 JOB = ["multilane"]
-
-
-@pytest.fixture(autouse=True)
-def gin_configuration():
-    yield
-    gin.clear_config()
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return image_jobs.write_clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 @pytest.fixture(scope="module")
