@@ -36,6 +36,7 @@ from mpt_jax.data.dataset_iterator import DatasetIterator
 from mpt_jax.data.image_preprocessors import EXAMPLE_NAMES
 from mpt_jax.data.iterators import HostShard
 from mpt_jax.evaluation.periodic_eval import on_device
+from mpt_jax.models.class_interface import predicted_classes
 from mpt_jax.models.model import Model
 from mpt_jax.runtime import compilation_cache, malloc
 from mpt_jax.runtime.arguments import refuse_ineffective
@@ -385,13 +386,10 @@ def _classified(scores: np.ndarray, mode: str, classes: ClassVocabulary) -> dict
     scores = scores[: classes.size]
     if mode == "score":
         return {"score": scores.tolist()}
-    best = int(scores.argmax())
-    answer: dict[str, Any] = {"prediction": classes.names[best]}
-    if classes.multi_label:  # as mpt-jax predict
-        pairs = zip(classes.names, scores, strict=True)
-        answer["prediction"] = [name for name, score in pairs if score > np.log(0.5)]
+    prediction = predicted_classes(classes.names, scores, classes.multi_label)
+    answer: dict[str, Any] = {"prediction": prediction}
     if mode == "predict_with_aux":
-        answer["aux"] = {"scores": float(scores[best])}
+        answer["aux"] = {"scores": float(scores.max())}
     return answer
 
 

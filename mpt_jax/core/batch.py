@@ -15,6 +15,8 @@ from mpt_jax.core.shapes import Array, Batch, Bool, Int
 
 # Features that hold task ids, [B, T] and [B, L] of texts, [B] of images.
 TASK_IDS = ("encoder_task_ids", "decoder_task_ids", "task_ids")
+# Features in place of `image`, for an image cache: encoded images, and the examples for errors.
+FILES, FILE_NAMES = "image_files", "image_names"
 # Batch features that replace the teachers' forward pass -> the side whose positions axis 1 indexes.
 TEACHER_FEATURES = {
     "teacher_logits": "decoder",

@@ -24,6 +24,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
+from mpt_jax.core.batch import FILE_NAMES, FILES
 from mpt_jax.core.runs import Runs
 from mpt_jax.data import image_transforms
 from mpt_jax.data.classes import TARGETS
@@ -32,7 +33,6 @@ from mpt_jax.data.image_preprocessors import EXAMPLE_NAMES, IMAGE, example_id
 from mpt_jax.data.preprocessors import TASK_IDS, map_dataset, task_id
 from mpt_jax.data.token_tables import PASS_NUMBERS
 
-FILES = ("image_files", "image_names")
 _Spec = seqio.FeatureConverter.FeatureSpec
 
 
@@ -130,7 +130,7 @@ class PromptImageConverter(seqio.FeatureConverter):
         size = self._transform.size
         images: dict[str, tuple[tuple[int, ...], str]] = {"image": ((size, size, 3), "uint8")}
         if not self._decode:
-            images = dict.fromkeys(FILES, ((), "string"))
+            images = dict.fromkeys((FILES, FILE_NAMES), ((), "string"))
         shapes: dict[str, tuple[tuple[int, ...], str]] = {
             **images,
             "task_ids": ((), "int32"),
@@ -169,7 +169,7 @@ class PromptImageConverter(seqio.FeatureConverter):
     def _image(self, example: Mapping[str, tf.Tensor], what: tf.Tensor) -> dict[str, tf.Tensor]:
         """Returns the pixels of an example's image, or its file."""
         if not self._decode:
-            return dict(zip(FILES, (example[IMAGE][0], what), strict=True))
+            return {FILES: example[IMAGE][0], FILE_NAMES: what}
         pixels = image_transforms.decode(example[IMAGE][0], what)
         if self.augmentation is not None and PASS_NUMBERS in example:
             number = example_id(example[EXAMPLE_NAMES][0])

@@ -19,6 +19,7 @@ import numpy as np
 from mpt_jax.artifacts import artifacts
 from mpt_jax.core.shapes import Float
 from mpt_jax.evaluation.finalize import ARTIFACT
+from mpt_jax.runtime.exits import exit_with
 
 CLASSES = "_classes"  # suffix of the metric that counts the classes of a mean
 
@@ -126,9 +127,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--metric", help="name of the metric; by default a task's first")
     given = parser.parse_args(arguments)
-    found = [artifacts.load_artifact(folder / ARTIFACT) for folder in given.model_dirs]
+    try:
+        _print(given.model_dirs, given.metric)
+    except (OSError, ValueError) as error:
+        exit_with(parser.prog, error)
+
+
+def _print(model_dirs: Sequence[Path], metric: str | None) -> None:
+    """Prints the metrics.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder has no artifact or no scores, or as in `of_stages`.
+    """
+    found = [artifacts.load_artifact(folder / ARTIFACT) for folder in model_dirs]
     stages = []
-    for folder, artifact in zip(given.model_dirs, found, strict=True):
+    for folder, artifact in zip(model_dirs, found, strict=True):
         scores = artifact.config["metrics"].get("scores") or {}
         if missing := [name for name in artifact.runs.run_names if name not in scores]:
             raise ValueError(
@@ -136,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "evaluates its runs."
             )
         stages.append({name: scores[name] for name in artifact.runs.run_names})
-    metric, result, classes = of_stages(stages, given.metric)
+    metric, result, classes = of_stages(stages, metric)
     for step, score in enumerate(result.of_steps):
         over = f" over {classes[step]:.0f} classes" if classes is not None else ""
         print(f"stage {step + 1}: {metric} {score:.2f}{over}")

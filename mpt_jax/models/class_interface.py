@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.models.class_bank import ClassBank
+
+
+def predicted_classes(
+    names: Sequence[str], scores: Float[np.ndarray, " C"], multi_label: bool
+) -> str | list[str]:
+    """Returns the name of the most probable class or, in a multi-label task, the names of all
+    classes with a probability above one half, given log probabilities."""
+    if not multi_label:
+        return names[int(scores.argmax())]
+    return [name for name, score in zip(names, scores, strict=True) if score > np.log(0.5)]
 
 
 class ClassInterface:

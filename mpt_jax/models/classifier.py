@@ -166,14 +166,12 @@ class PromptedClassifier(PromptedDualEncoder):
         """The digests of the image transform's settings, and of the class names of each task in
         their order."""
         transform = {"image_transform": self.image_transform.config()}
-        return digests_of({**transform, **class_names(self.texts)})
+        return digests_of({**transform, **class_names(self.texts.tasks)})
 
     def comparable_digests(self, runs: Runs) -> Mapping[str, str]:
         """Returns the `input_digests` without the class names of tasks that are not those of
         `runs`, whose heads are new."""
-        new = {task.task for task in self.texts.tasks} - set(runs.task_names)
-        left_out = {f"class_names_of_{task}_sha256" for task in new}
-        return {name: x for name, x in self.input_digests.items() if name not in left_out}
+        return self.input_digests_of(runs.task_names)
 
     @property
     def changeable_digests(self) -> Collection[str]:

@@ -33,7 +33,7 @@ from mpt_jax.models.class_bank import ClassBank
 from mpt_jax.models.class_interface import ClassInterface
 from mpt_jax.models.class_scores import FEATURES, ClassScores
 from mpt_jax.models.class_teachers import TEACHER, ClassTeachers, check_distillation
-from mpt_jax.models.class_texts import ClassTexts
+from mpt_jax.models.class_texts import ClassTexts, TaskClasses
 from mpt_jax.models.model import FROZEN, Model, RowCost, axes_of
 from mpt_jax.models.prompt_insertion import NUMBERS
 from mpt_jax.prompts.base import row_axes
@@ -156,8 +156,14 @@ class PromptedDualEncoder(ClassScores, ClassTeachers, ClassInterface, Model):
         if TEXT in self.prompt.parts:
             settings["context_position"] = self.texts.position
         if self.prompt.text_classes:
-            settings |= class_names(self.texts)
+            settings |= class_names(self.texts.tasks)
         return digests_of(settings)
+
+    def input_digests_of(self, tasks: Collection[str]) -> Mapping[str, str]:
+        """Returns the `input_digests` without the class names of other tasks than these."""
+        others = [task for task in self.texts.tasks if task.task not in tasks]
+        left_out = digests_of(class_names(others))
+        return {name: x for name, x in self.input_digests.items() if name not in left_out}
 
     @property
     def changeable_digests(self) -> Collection[str]:
@@ -311,9 +317,9 @@ class PromptedDualEncoder(ClassScores, ClassTeachers, ClassInterface, Model):
         return class_losses.by_group(values, batch, groups, self.runs.num_groups)
 
 
-def class_names(texts: ClassTexts) -> dict[str, Sequence[str]]:
+def class_names(tasks: Sequence[TaskClasses]) -> dict[str, Sequence[str]]:
     """Returns the class names of each task in their order, by the name of their digest."""
-    return {f"class_names_of_{task.task}": task.names for task in texts.tasks}
+    return {f"class_names_of_{task.task}": task.names for task in tasks}
 
 
 def digests_of(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -114,6 +114,11 @@ class Model(abc.ABC):
         name of their field in artifacts (`<name>_sha256`)."""
         return {}
 
+    def input_digests_of(self, tasks: Collection[str]) -> Mapping[str, str]:
+        """Returns the `input_digests` without those of other tasks than these."""
+        del tasks
+        return self.input_digests
+
     def comparable_digests(self, runs: Runs) -> Mapping[str, str]:
         """Returns the `input_digests` that an artifact of `runs` must match for training to start
         from it; by default all of them."""

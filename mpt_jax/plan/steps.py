@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mpt_jax.core.batch import FILES
 from mpt_jax.data import datasets
 from mpt_jax.models.model import Model
 from mpt_jax.plan import chips, hlo
@@ -59,7 +60,7 @@ class Job:
         """Returns name -> shape and sharding of the arrays of a global batch."""
         converter = cfg.converter(self.model.FEATURE_CONVERTER_CLS, cfg.pack)
         shapes = dict(converter.feature_shapes(cfg.task_feature_lengths))
-        if image_cache.FILES in shapes:  # they stay on the host
+        if FILES in shapes:  # they stay on the host
             size = self.model.backbone_config.image.image_size
             shapes = {name: x for name, x in shapes.items() if name not in image_cache.IMAGES}
             shapes["image"] = ((size, size, 3), "uint8")

@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from mpt_jax.batching.collate import Batch
-from mpt_jax.core.batch import num_rows
+from mpt_jax.core.batch import FILE_NAMES, FILES, num_rows
 from mpt_jax.core.shapes import Array, Params
 from mpt_jax.core.tree import flatten
 from mpt_jax.models.dual_encoder import PromptedDualEncoder
@@ -31,8 +31,7 @@ from mpt_jax.prompts.sites import TEXT
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import TrainState
 
-FILES, NAMES = "image_files", "image_names"
-IMAGES = ("image", FILES, NAMES)
+IMAGES = ("image", FILES, FILE_NAMES)
 _REMOVE = "drop --gin_file=gin/runs/image_cache.gin, or set trainer.Trainer.image_cache to None"
 
 
@@ -178,7 +177,7 @@ class OpenImageCache:
         pixels = np.zeros((len(rows), size, size, 3), np.uint8)
         for place, row in enumerate(rows):
             if file := batch[FILES][row]:
-                name = batch[NAMES][row].decode()
+                name = batch[FILE_NAMES][row].decode()
                 pixels[place] = self._model.image_transform.of_file(file, name)
         return pixels
 

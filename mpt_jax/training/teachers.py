@@ -79,9 +79,6 @@ def _check(job: Job, artifact: artifacts.Artifact) -> None:
     """Raises ValueError if an artifact is not compatible with a job."""
     model = job.model
     model.check_teacher(artifact.method)
-    missing = set(model.runs.task_names) - set(artifact.runs.task_names)
-    of_others = [f"class_names_of_{task}_sha256" for task in missing]
-    inputs = {name: x for name, x in model.input_digests.items() if name not in of_others}
     compatibility.check_compatible(
         artifact,
         job.embedding_sha256,
@@ -89,7 +86,7 @@ def _check(job: Job, artifact: artifacts.Artifact) -> None:
         backbone_config(model.backbone_config),
         job.vocabulary_sha256,
         model.prompt.prompt_length,
-        inputs,
+        model.input_digests_of(artifact.runs.task_names),
     )
 
 

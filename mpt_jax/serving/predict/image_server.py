@@ -23,6 +23,7 @@ from mpt_jax.batching.clip_tokenizer import ClipTokenizer
 from mpt_jax.convert.clip import load_clip, read_clip_config
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
+from mpt_jax.models.class_interface import predicted_classes
 from mpt_jax.models.class_scores import FEATURES
 from mpt_jax.models.dual_encoder import PromptedDualEncoder
 from mpt_jax.serving.predict.image_artifacts import (
@@ -177,11 +178,8 @@ class ImageServer:
                 "error": f"The scores are NaN or infinite ({own.tolist()}), so the answer is "
                 "meaningless. Check the weights of the backbone and of the prompt."
             }
-        best = int(own.argmax())
-        prediction: Any = task.names[best]
-        if task.multi_label:
-            prediction = [x for x, s in zip(task.names, own, strict=True) if s > np.log(0.5)]
-        answer: Answer = {"prediction": prediction, "score": float(own[best])}
+        prediction = predicted_classes(task.names, own, task.multi_label)
+        answer: Answer = {"prediction": prediction, "score": float(own.max())}
         if request.all_scores:
             answer["scores"] = dict(zip(task.names, own.tolist(), strict=True))
         return answer
