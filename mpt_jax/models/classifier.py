@@ -187,7 +187,7 @@ class PromptedClassifier(PromptedDualEncoder):
 
     # --- Parameters ------------------------------------------------------------------------------
 
-    def get_initialtower_variables(
+    def get_initial_variables(
         self,
         rng: Key,
         input_shapes: Mapping[str, Sequence[int]] | None = None,

@@ -117,8 +117,9 @@ def test_train_model_dir_taken_over_ends_without_save(backbone, tmp_path, monkey
             if self.step == 3:
                 record = json.loads((tmp_path / run_lock.FILE).read_text())
                 other = {**record, "token": "another's", "host": "another"}
-                write_atomic(tmp_path / run_lock.FILE, json.dumps(other))  # as another run does
-                time.sleep(1)  # long enough for several increments of the count
+                for _ in range(20):  # as another run does, whatever this one writes between
+                    write_atomic(tmp_path / run_lock.FILE, json.dumps(other))
+                    time.sleep(0.05)
 
     monkeypatch.setattr(run_lock, "acquire", functools.partial(run_lock.acquire, period=0.1))
     with pytest.raises(run_lock.ModelDirInUse, match="taken over by .*another"):
