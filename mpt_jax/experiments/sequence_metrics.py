@@ -119,6 +119,17 @@ def of_stages(
     return metric, sequence_scores(scores, counts if counted else None), classes
 
 
+def of_joint(found: Mapping[str, Mapping[str, float]], metric: str | None = None) -> SequenceScores:
+    """Returns the metrics of a job that trains all tasks of a sequence at once: its score is the
+    average and the last, and nothing is forgotten. Arguments are those of `of_stages`, for a job.
+    """
+    name = metric or next(iter(next(iter(found.values()))))
+    scores = np.array([scores[name] for scores in found.values()])
+    counts = np.array([scores.get(name + CLASSES, 1.0) for scores in found.values()])
+    score = float((scores * counts).sum() / counts.sum())
+    return SequenceScores((score,), score, score, 0.0, 0.0)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the metrics of the jobs of a sequence."""
     parser = argparse.ArgumentParser(prog="python -m mpt_jax.experiments.sequence_metrics")

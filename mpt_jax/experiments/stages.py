@@ -106,10 +106,12 @@ class Draws:
             examples. Tasks without labels draw from all.
         few_dev: Whether the validation split is cut to as many examples as the training split. A
             smaller split, such as CB's of 28, is kept whole.
+        per_class: Whether k is the number of training examples of each class, as for images.
     """
 
     balanced: bool = False
     few_dev: bool = False
+    per_class: bool = False
 
     def run_name(self, task: str, shots: int, seed: int) -> str:
         """Returns the name of a run's SeqIO task (`few_shot`).
@@ -117,6 +119,8 @@ class Draws:
         Raises:
             ValueError: the draw is balanced and the task has more labels than `shots`.
         """
+        if self.per_class:
+            return few_shot.Draw(task, shots, seed, per_class=True, dev=self.few_dev).name
         labels = evaluator.labels_of(task_lookup.find_task(task)) if self.balanced else ()
         if len(labels) > shots:
             raise ValueError(
@@ -184,8 +188,8 @@ def collect(
         root: The folder of all stages.
         method: The name in tables.
         shots: The number of training examples of each task; None for all.
-        jobs: The training stages.
-        scored: The stages that evaluated the jobs; () if the jobs evaluated themselves.
+        jobs: The training stages; () for a method without training.
+        scored: The stages with the scores; () if these are the jobs.
         sources: The source stages that the jobs need.
         start: The source task whose prompt initialized all prompts, if any.
 
@@ -194,6 +198,9 @@ def collect(
         ValueError: the tasks were run with different seeds.
     """
     seeds, repeats = _scores(root, method, scored or jobs)
+    if not jobs:
+        scores = {task: results.over_repeats(found) for task, found in repeats.items()}
+        return results.Result(method, shots, scores, 0.0, 0.0, (), seeds)
     records = [results.read_record(root / job.name) for job in jobs]
     saved = results.read_artifact_config(root / jobs[0].name / ARTIFACT)
     num_trainable, num_runs = records[0]["trainable_parameters"], len(jobs[0].runs)

@@ -244,6 +244,14 @@ def ones_noise(key, prompt_length, width, rank):
     return left.at[:, 0].add(1.0), right.at[0].add(1.0)
 
 
+def ones(key, prompt_length, width, rank):
+    """Returns one in the first column of U and row of V, and zeros: products are exactly one, and
+    further ranks learn nothing."""
+    del key
+    left, right = jnp.zeros((prompt_length, rank)), jnp.zeros((rank, width))
+    return left.at[:, 0].set(1.0), right.at[0].set(1.0)
+
+
 def normal002(key, prompt_length, width, rank):
     """Draws both factors from a normal distribution with standard deviation 0.02, as in PEFT.
 

@@ -51,7 +51,7 @@ def test_stage_trains_the_published_number_of_parameters(name, numbers, tokenize
     [
         ((), 566_400),
         pytest.param(("gin/methods/coop.gin",), 16 * 512, marks=pytest.mark.slow),
-        pytest.param(("gin/methods/vpt.gin",), 12 * 16 * 768, marks=pytest.mark.slow),
+        (("gin/methods/vpt.gin",), 12 * 16 * 768),
         (("gin/methods/cocoop.gin",), 35_360),
     ],
 )

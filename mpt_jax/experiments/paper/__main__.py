@@ -30,12 +30,20 @@ from mpt_jax.core import schema
 from mpt_jax.core.old_names import current_text
 from mpt_jax.core.runs import look_up
 from mpt_jax.evaluation import evaluator
-from mpt_jax.experiments import results, stages
-from mpt_jax.experiments.paper import chains, footnotes, format, published, suites, tables
+from mpt_jax.experiments import results
+from mpt_jax.experiments.paper import (
+    chains,
+    footnotes,
+    format,
+    published,
+    sequence_chains,
+    suites,
+    tables,
+)
 from mpt_jax.experiments.paper.chains import Cell
 from mpt_jax.experiments.paper.suites import Suite
-from mpt_jax.experiments.paper.tables import Table
-from mpt_jax.experiments.stages import Draws, Stage
+from mpt_jax.experiments.paper.table import Table
+from mpt_jax.experiments.stages import Stage
 from mpt_jax.runtime import compilation_cache, paths
 from mpt_jax.runtime.exits import exit_with
 from mpt_jax.runtime.files import write_atomic
@@ -51,16 +59,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages' commands instead; with --collect, runs no stages."""
     args = _parser().parse_args(argv)
     try:
-        suite = suites.SUITES[args.suite]
+        table = tables.get_table(args.table)
+        suite = look_up(f"suite of {args.table}", args.suite, table.suites)
         suite = suite.with_digits() if args.labels == "digits" else suite
-        whole = tables.get_table(args.table).on(suite)
+        whole = table.on(suite)
         whole = conditioned(whole, suite, args)
         root = Path(args.root or os.path.join(paths.root(), "paper", suite.name)).absolute()
         if args.against is not None:
             (reference,) = chosen(whole, [args.against]).variants
             whole = dataclasses.replace(whole, reference=reference.name)
         table = chosen(whole, args.variants)
-        planned = chains.cells(table, suite, root)
+        planned = cells_of(table, suite, root)
         if args.print:
             check_plan(root, planned)
             print("\n".join(stage.command(root) for stage in pending(planned, root)))
@@ -68,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.collect:
             run(root, planned)
         # A report shows everything that was run, even if only some rows were requested now.
-        finished = collect(root, chains.cells(whole, suite, root), suite)
+        finished = collect(root, cells_of(whole, suite, root), suite)
         repeated = f"_repeats{table.repeats}" if table.repeats > 1 else ""
         folder = root / f"{table.name}{chains.condition(table)}{repeated}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +161,7 @@ def conditioned(table: Table, suite: Suite, args: argparse.Namespace) -> Table:
         raise ValueError(
             f"--balanced would have no effect: no task of table {table.name!r} has labels. Drop it."
         )
-    draws = Draws(args.balanced, args.few_dev)
+    draws = dataclasses.replace(table.draws, balanced=args.balanced, few_dev=args.few_dev)
     seeds = args.seeds or table.seeds
     return dataclasses.replace(table, seeds=seeds, repeats=args.repeats, draws=draws)
 
@@ -174,6 +183,12 @@ def chosen(table: Table, names: Sequence[str] | None) -> Table:
     known = {variant.name: variant for variant in table.variants}
     variants = tuple(look_up(f"{table.name} variant", name, known) for name in names)
     return dataclasses.replace(table, variants=variants)
+
+
+def cells_of(table: Table, suite: Suite, root: Path) -> Sequence[Cell]:
+    """Returns the cells of a table that was adapted to `suite`; stages are below `root`."""
+    made_by = sequence_chains if table.of_sequences else chains
+    return made_by.cells(table, suite, root)
 
 
 def unique(cells: Sequence[Cell]) -> list[Stage]:
@@ -240,25 +255,18 @@ def run(root: Path, cells: Sequence[Cell]) -> None:
 
 def collect(root: Path, cells: Sequence[Cell], suite: Suite) -> format.Found:
     """Returns the results of the finished cells."""
-    finished = {}
-    for cell in cells:
-        if all(stage.is_done(root) for stage in (*cell.jobs, *cell.tests)):
-            variant = cell.variant
-            start = variant.start and suite.sources[variant.start]
-            result = stages.collect(
-                root, variant.name, cell.shots, cell.jobs, cell.tests, cell.sources, start
-            )
-            version = variant.version  # versions of a task share its column
-            scores = {task.removesuffix(version): result.scores[task] for task in result.scores}
-            finished[variant.name, cell.shots] = dataclasses.replace(result, scores=scores)
-    return finished
+    return {
+        (cell.variant.name, cell.shots): cell.collect(root, suite)
+        for cell in cells
+        if all(stage.is_done(root) for stage in (*cell.jobs, *cell.tests))
+    }
 
 
 def majority_shares(table: Table, suite: Suite) -> dict[str, float]:
     """Returns the majority-class share of each task's test split, in percent, for tasks with a
     known share. Shares are counted if the data are on this machine, and otherwise taken from
     published.toml."""
-    shares = {} if suite.name == suites.TOY.name else dict(published.majority())
+    shares = {} if suite.is_toy else dict(published.majority())
     for name in table.tasks:
         task = seqio.TaskRegistry.get(suite.tasks[name])
         if not evaluator.labels_of(task):

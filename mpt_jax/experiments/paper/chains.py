@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mpt_jax.evaluation.finalize import ARTIFACT, TRAINED_BACKBONE
-from mpt_jax.experiments.paper import variants
+from mpt_jax.experiments import stages
+from mpt_jax.experiments.paper import image_chains, variants
 from mpt_jax.experiments.paper.suites import Length, Suite
-from mpt_jax.experiments.paper.tables import Table
+from mpt_jax.experiments.paper.table import Table
 from mpt_jax.experiments.paper.variants import Source, Variant
+from mpt_jax.experiments.results import Result
 from mpt_jax.experiments.stages import Run, Stage, quoted, target_bindings, target_runs
 from mpt_jax.tasks import mixtures
 
 FIRST_SEED = 42  # the gin files' seed; a stage for seed s binds 42 + s
 NEXT_REPEAT = 1_000  # added for each repeat, more than the seeds of a table
+LONGEST_NAME = 200  # characters of a folder's list of tasks; file systems allow 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Cell:
         shots: The number of training examples of each run; None for all.
         sources: The teachers and source stages that the jobs need, in the order to run.
         jobs: The training stages.
-        tests: The stages that evaluate the jobs; () if the jobs evaluate themselves.
+        tests: The stages that evaluate the jobs, or the backbone of a method without training.
+        scored: The stages with the scores: tests, and jobs that evaluate themselves.
     """
 
     variant: Variant
@@ -36,11 +41,28 @@ class Cell:
     sources: tuple[Stage, ...]
     jobs: tuple[Stage, ...]
     tests: tuple[Stage, ...]
+    scored: tuple[Stage, ...]
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """All stages of the cell, in the order to run."""
         return (*self.sources, *self.jobs, *self.tests)
+
+    def collect(self, root: Path, suite: Suite) -> Result:
+        """Returns the result of a finished cell."""
+        variant = self.variant
+        found = stages.collect(
+            root,
+            variant.name,
+            self.shots,
+            self.jobs,
+            self.scored,
+            self.sources,
+            suite.start_of(variant),
+        )
+        # Versions of a task share its column.
+        scores = {x.removesuffix(variant.version): found.scores[x] for x in found.scores}
+        return dataclasses.replace(found, scores=scores)
 
 
 def cells(table: Table, suite: Suite, root: Path) -> list[Cell]:
@@ -51,21 +73,31 @@ def cells(table: Table, suite: Suite, root: Path) -> list[Cell]:
 
 
 def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int | None) -> Cell:
+    if not variant.files:
+        test = _untrained_test(table, suite, variant)
+        return Cell(variant, shots, (), (), (test,), (test,))
     sources: dict[str, Stage] = {}
-    jobs, tests = [], []
+    jobs, tests, held_out = [], [], []
     source, own_source = variant.source, _has_own_source(table, variant)
+    own_stages = own_source and source is not None and not source.draws
     single_seeds = [[seed] for seed in range(table.seeds)]
-    for seeds in single_seeds if own_source or variant.together else [sum(single_seeds, [])]:
+    for seeds in single_seeds if own_stages or variant.together else [sum(single_seeds, [])]:
         start = None
         if source is not None:
-            chain = list(_chain(source, suite, root, seeds[0] if own_source else None))
+            if source.draws:
+                chain = list(image_chains.chain(source, suite, table, root))
+            else:
+                chain = list(_chain(source, suite, root, seeds[0] if own_source else None))
             sources |= {stage.name: stage for stage in chain}
             start = _artifact(root, chain[-1])
         repeated = itertools.product(
             _jobs(table, suite, variant, shots, seeds), range(table.repeats)
         )
         for (runs, length), repeat in repeated:
-            bindings = [*_bound(variant, suite, shots, runs, length, repeat), *length.bindings()]
+            bindings = [
+                *_bound(table, variant, suite, shots, runs, length, repeat),
+                *length.bindings(),
+            ]
             if start is not None:
                 bindings.append(f"INITIAL_ARTIFACT = {start}")
             files = (*variant.files, *suite.files)
@@ -73,7 +105,11 @@ def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int |
             jobs.append(Stage(name, files, tuple(bindings), runs, length.steps))
             if suite.tested_apart:
                 tests.append(_test(jobs[-1], suite, variant, length, root))
-    return Cell(variant, shots, tuple(sources.values()), tuple(jobs), tuple(tests))
+            if table.held_out:
+                held_out.append(_held_out_test(table, suite, jobs[-1], variant, root))
+    scored = [*(tests if suite.tested_apart else jobs), *held_out]
+    parts = (sources.values(), jobs, [*tests, *held_out], scored)
+    return Cell(variant, shots, *(tuple(part) for part in parts))
 
 
 def _chain(source: Source, suite: Suite, root: Path, seed: int | None) -> Iterator[Stage]:
@@ -124,7 +160,7 @@ def _jobs(
             yield (runs if variant.together else by_seed), joint
         return
     by_length: dict[Length, list[str]] = {}
-    for name in table.tasks:
+    for name in table.trained_tasks:
         task = suite.tasks[name]
         length = fixed or suite.length(task, variant, shots)
         by_length.setdefault(length, []).append(f"{task}{variant.version}")
@@ -147,6 +183,7 @@ def _runs(
 
 
 def _bound(
+    table: Table,
     variant: Variant,
     suite: Suite,
     shots: int | None,
@@ -162,8 +199,10 @@ def _bound(
     seed = FIRST_SEED + NEXT_REPEAT * repeat + (runs[0].seed if variant.together else 0)
     if seed != FIRST_SEED or variant.together:
         bindings.append(f"RANDOM_SEED = {seed}")
-    if variant.start is not None:
-        bindings.append(f"START_FROM = {quoted(suite.sources[variant.start])}")
+    if variant.source is not None and variant.source.draws:
+        bindings += image_chains.start_from(variant, suite, table, runs)
+    elif start := suite.start_of(variant):
+        bindings.append(f"START_FROM = {quoted(start)}")
     return [
         *bindings,
         *suite.rate_bindings(variant, shots, length.steps),
@@ -198,6 +237,8 @@ def _name(
 ) -> str:
     """Returns a job's folder. Only equal jobs have equal names, so that tables can share jobs."""
     tasks = "-".join(dict.fromkeys(run.task for run in runs))
+    if len(tasks) > LONGEST_NAME:
+        tasks = f"tasks_{hashlib.sha256(tasks.encode()).hexdigest()[:12]}"
     seeds = sorted({run.seed for run in runs})
     span = f"s{seeds[0]}" if len(seeds) == 1 else f"s{seeds[0]}-{seeds[-1]}"
     parts = [
@@ -233,11 +274,50 @@ def _test(job: Stage, suite: Suite, variant: Variant, length: Length, root: Path
         f"INITIAL_CHECKPOINT_PATH = {quoted(str(root / job.name / TRAINED_BACKBONE))}"
         if variant.alone
         else f"INITIAL_ARTIFACT = {_artifact(root, job)}",
-        'utils.DatasetConfig.split = "test"',
     )
+    return _evaluation(f"{job.name}/test", suite, variant, bindings, job.runs)
+
+
+def _untrained_test(table: Table, suite: Suite, variant: Variant) -> Stage:
+    """Returns a stage that evaluates a method without training on the test split. Its scores count
+    for every seed."""
+    tasks = quoted([suite.tasks[name] for name in table.tasks])
+    bindings = (f"TARGET_TASKS = {tasks}", f"RUN_NAMES = {tasks}", *_settings(variant, suite))
+    pairs = itertools.product((suite.tasks[name] for name in table.tasks), range(table.seeds))
+    runs = tuple(Run(task, seed, task) for task, seed in pairs)
+    return _evaluation(f"{variant.folder}/{table.name}", suite, variant, bindings, runs)
+
+
+def _held_out_test(table: Table, suite: Suite, job: Stage, variant: Variant, root: Path) -> Stage:
+    """Returns a stage that evaluates the prompts of a job's runs on the held-out tasks, that is, on
+    other classes of the same data."""
+    held_out = {suite.tasks[base]: suite.tasks[new] for new, base in table.held_out.items()}
+    pairs = [(Run(held_out[x.task], x.seed, f"{held_out[x.task]}_s{x.seed}"), x) for x in job.runs]
+    runs = tuple(run for run, _ in pairs)
+    bindings = (
+        f"TARGET_TASKS = {quoted([run.task for run in runs])}",
+        f"RUN_NAMES = {quoted([run.name for run in runs])}",
+        'GROUPS = "independent"',
+        *_settings(variant, suite),
+        f"INITIAL_ARTIFACT = {_artifact(root, job)}",
+        f"START_FROM = {quoted({run.name: trained.name for run, trained in pairs})}",
+    )
+    return _evaluation(f"{job.name}/held_out", suite, variant, bindings, runs)
+
+
+def _evaluation(
+    name: str,
+    suite: Suite,
+    variant: Variant,
+    bindings: Sequence[str],
+    runs: tuple[Run, ...],
+) -> Stage:
+    """Returns a stage that evaluates runs on the test split."""
     sized = (variants.ablation(f"size_{variant.size}"),) if variant.size != "base" else ()
-    files = ("gin/eval.gin", variant.method, *sized, *suite.test_files)
-    return Stage(f"{job.name}/test", files, bindings, job.runs, entry="eval")
+    model = (variant.model,) if variant.model else ()
+    files = ("gin/eval.gin", *model, variant.method, *sized, *suite.test_files)
+    split = 'utils.DatasetConfig.split = "test"'
+    return Stage(name, files, (*bindings, split), runs, entry="eval")
 
 
 def _artifact(root: Path, stage: Stage) -> str:

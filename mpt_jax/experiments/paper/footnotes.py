@@ -16,7 +16,7 @@ from mpt_jax.experiments.paper import format
 from mpt_jax.experiments.paper.chains import Cell
 from mpt_jax.experiments.paper.format import Found
 from mpt_jax.experiments.paper.suites import Suite
-from mpt_jax.experiments.paper.tables import Table
+from mpt_jax.experiments.paper.table import Table
 from mpt_jax.experiments.report.analysis import examples
 from mpt_jax.experiments.report.tables import as_text
 from mpt_jax.tasks import few_shot

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from scipy import stats
 
 from mpt_jax.experiments import results
 from mpt_jax.experiments.paper import published, suites
 from mpt_jax.experiments.paper.suites import Suite
-from mpt_jax.experiments.paper.tables import Table
+from mpt_jax.experiments.paper.table import Table
 from mpt_jax.experiments.report.analysis import examples
 from mpt_jax.experiments.report.tables import as_text
 from mpt_jax.experiments.results import Result
 
 Found = Mapping[tuple[str, int | None], Result]  # (variant, shots) -> result
 NOT_RUN = "not run"
+HARMONIC = "harmonic mean"
 LEGEND = (
     "mean ± standard deviation over n seeds; [..]: 95% interval of the average, over seeds; "
     "=: the accuracy of the majority class; 0*: undefined for at least one seed (a constant "
@@ -48,12 +50,12 @@ def text(table: Table, suite: Suite, found: Found, shares: Mapping[str, float]) 
         parts.append(f"Ours: {', '.join(backbones)}.")
     if suite.name == suites.PAPER.name:
         parts.append("Our labels are words; --labels digits uses digits, like the paper.")
-    if suite.name == suites.TOY.name:
+    if suite.is_toy:
         differences = sign_rows(table, suite, found)
         parts.append(
             f"\n{reference(table)} minus each variant, paired by seed\n{as_text(differences)}"
         )
-    else:
+    elif suite.name.startswith(suites.PAPER.name):
         parts.append(PAPER_LEGEND)
     return "\n".join(parts)
 
@@ -63,9 +65,9 @@ def score_rows(
 ) -> Rows:
     """Returns a header and one row per variant. On the paper's suite, each variant is followed by
     its published rows, and published rows without a counterpart come first."""
-    heads = ["", *table.columns, *table.averages, "95% interval", "n"]
+    heads = ["", *table.columns, *_average_names(table), "95% interval", "n"]
     rows = [heads]
-    published_rows = [] if suite.name == suites.TOY.name else published.rows(table.name)
+    published_rows = [] if suite.is_toy else published.rows(table.name)
     known = published.majority()
     rows += [_published(table, row, shots, known) for row in published_rows if row.of is None]
     for variant in table.variants:
@@ -78,11 +80,15 @@ def score_rows(
     return rows
 
 
+def _average_names(table: Table) -> tuple[str, ...]:
+    return (*table.averages, *((HARMONIC,) if table.harmonic else ()))
+
+
 def _ours(
     table: Table, suite: Suite, result: Result | None, shares: Mapping[str, float]
 ) -> list[str]:
     if result is None:
-        return [NOT_RUN] * (len(table.columns) + len(table.averages)) + ["", ""]
+        return [NOT_RUN] * (len(table.columns) + len(_average_names(table))) + ["", ""]
     cells = []
     for column in table.columns:
         name, _, metric = column.partition(" ")
@@ -94,10 +100,12 @@ def _ours(
         cells.append(
             _with_std(estimate) + _mark(estimate.mean, share) + (" 0*" if undefined else "")
         )
-    averages = [
-        results.estimate(result.means([suite.tasks[name] for name in names]))
-        for names in table.averages.values()
+    means = [
+        result.means([suite.tasks[name] for name in names]) for names in table.averages.values()
     ]
+    if table.harmonic:
+        means.append(stats.hmean(means, axis=0).tolist())
+    averages = [results.estimate(values) for values in means]
     intervals = [f"[{a.low:.1f}, {a.high:.1f}]" if a.n > 1 else "" for a in averages]
     cells += [_with_std(average) for average in averages]
     return [*cells, " ".join(intervals).strip(), str(len(result.seeds))]
@@ -108,7 +116,7 @@ def _published(
 ) -> list[str]:
     values = row.values.get(shots, {})
     cells = []
-    for name in (*table.columns, *table.averages):
+    for name in (*table.columns, *_average_names(table)):
         value = values.get(name)
         std = f" ± {row.stds[name]:.1f}" if name in row.stds else ""
         shown = value is not None

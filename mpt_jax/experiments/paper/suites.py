@@ -30,18 +30,22 @@ class Length(NamedTuple):
         period: The number of steps between the evaluations that select the best step; None uses
             the value from the gin files.
         inputs: The maximum number of input tokens; None uses the value from the gin files.
+        epoch: The number of steps of an epoch, at whose ends learning rates of images change; None
+            uses the value from the gin files.
     """
 
     steps: int
     rows: int
     period: int | None = None
     inputs: int | None = None
+    epoch: int | None = None
 
     def bindings(self) -> list[str]:
         """Returns this length's bindings for a training stage: evaluation period and input length.
         The number of steps and the batch size are bound elsewhere."""
-        period = [] if self.period is None else [f"EVAL_PERIOD = {self.period}"]
-        return [*period, *self.reading()]
+        set_values = {"EVAL_PERIOD": self.period, "STEPS_PER_EPOCH": self.epoch}
+        named = [f"{name} = {value}" for name, value in set_values.items() if value is not None]
+        return [*named, *self.reading()]
 
     def reading(self) -> list[str]:
         """Returns the bindings for reading inputs, which training and evaluation stages share."""
@@ -58,7 +62,8 @@ class Suite:
     """A set of tasks, with training lengths and learning rates.
 
     Attributes:
-        name: `'paper'` or `'toy'`, with `'_digits'` if the labels are digits.
+        name: The name of its folder: `'paper'` or `'toy'` for texts, with `'_digits'` if the labels
+            are digits; `'images'` or `'toy_images'`.
         tasks: The paper's name of a target task -> our task. Tasks without a counterpart are
             omitted.
         sources: The paper's name of a source task -> our task.
@@ -71,6 +76,11 @@ class Suite:
             several (ATTEMPT: target prompt, attention; CrossPT: private prompts, source prompts,
             router). {} uses the learning rates from the gin files.
         suffix: The suffix of the suite's versions of tasks; `''` if labels are words.
+        is_toy: Whether the tasks are toy tasks, which have no published figures.
+        source_files: The gin files to add after `files` for source stages.
+        sequence: Function from (name of a sequence, seed) to its tasks, for tables of sequences.
+        sequence_steps: The number of steps of a stage of a sequence; None uses the value from the
+            gin files.
         tested_apart: Whether the best step is selected on the validation split, and a separate
             stage evaluates it on the test split. Otherwise, the training stage evaluates its last
             step.
@@ -87,6 +97,10 @@ class Suite:
     rates: Mapping[str, float | tuple[float, ...]]
     tested_apart: bool
     suffix: str = ""
+    is_toy: bool = False
+    source_files: tuple[str, ...] = ()
+    sequence: Callable[[str, int], Sequence[str]] = lambda name, seed: ()
+    sequence_steps: int | None = None
 
     def named(self, task: str) -> str:
         """Returns the task's name with the suite's suffix, or `task` if no such version exists."""
@@ -110,6 +124,13 @@ class Suite:
         sources = {name: digits.named(task) for name, task in self.sources.items()}
         return dataclasses.replace(digits, tasks=tasks, sources=sources)
 
+    def start_of(self, variant: Variant) -> str | None:
+        """Returns the task whose prompt initializes all prompts of a variant, if any."""
+        if variant.start is None:
+            return None
+        of_targets = variant.source is not None and variant.source.of_targets
+        return (self.tasks if of_targets else self.sources)[variant.start]
+
     def register(self) -> None:
         """Registers the suite's tasks with SeqIO."""
         for module in self.modules:
@@ -126,7 +147,8 @@ class Suite:
             return [] if shots is None or few_shot is None else few_shot(steps)
         rate = self.rates[variant.rate]
         peaks = rate if isinstance(rate, tuple) else (rate,)
-        return [f"LEARNING_RATE = {peaks[0]}", *_REST_OF_RATE[variant.method](peaks, steps)]
+        rest = _REST_OF_RATE.get(variant.method)
+        return [f"LEARNING_RATE = {peaks[0]}", *(rest(peaks, steps) if rest else ())]
 
 
 def _warmup(steps: int) -> list[str]:
@@ -164,13 +186,12 @@ def _crosspt(peaks: Sequence[float], steps: int) -> list[str]:
     ]
 
 
-# Further learning-rate bindings of a method's gin file. The rate of MPT's factors is 4/3 of the
-# shared prompt's, as in the paper. All methods warm up for a tenth of the steps.
+# Further learning-rate bindings of a method's gin file, if any. The rate of MPT's factors is 4/3 of
+# the shared prompt's, as in the paper. All methods of texts warm up for a tenth of the steps.
 _REST_OF_RATE: Mapping[str, Callable[[Sequence[float], int], list[str]]] = {
     variants.PROMPT_TUNING: lambda peaks, steps: _warmup(steps),
     variants.FULL: lambda peaks, steps: _warmup(steps),
     variants.BITFIT: lambda peaks, steps: _warmup(steps),
-    variants.SHARED: lambda peaks, steps: [],
     variants.MPT: lambda peaks, steps: [f"TASK_LEARNING_RATE = {peaks[0] * 4 / 3:.6g}"],
     variants.ATTEMPT: _attempt,
     variants.CROSSPT: _crosspt,
@@ -261,6 +282,7 @@ TOY = Suite(
         "crosspt_router": (0.004, 0.01, 0.2),
     },
     tested_apart=False,
+    is_toy=True,
 )
 
 SUITES = {suite.name: suite for suite in (PAPER, TOY)}

@@ -37,6 +37,10 @@ class Source:
         teachers: The source stage that trains the teachers; None without distillation.
         tasks: The number of source tasks.
         size: The size of the T5 (gin/ablations/size_*.gin; base has no file).
+        draws: The number of draws of few-shot images that the prompts of a seed are the mean over.
+            All draws are trained in one stage, of the length in its gin files. 0 for stages of
+            texts, which train on all examples.
+        of_targets: Whether the source tasks are the tasks of the table, not those of the suite.
     """
 
     name: str
@@ -45,10 +49,12 @@ class Source:
     teachers: Source | None = None
     tasks: int = 6
     size: str = "base"
+    draws: int = 0
+    of_targets: bool = False
 
     @property
     def length(self) -> tuple[int, int]:
-        """(steps, batch size) at the paper's scale: five epochs over the mixture.
+        """(steps, batch size) at the paper's scale: five epochs over the mixture of texts.
 
         A stage that trains teachers uses a batch that is `tasks` times as large, and sees as many
         examples in total as other source stages.
@@ -69,8 +75,10 @@ class Variant:
 
     Attributes:
         name: The name in tables.
-        files: The gin files of the target stage, the stage file first.
+        files: The gin files of the target stage, the stage file first; () for a method that is
+            evaluated without training.
         method: The gin file of the prompt method, for evaluation stages.
+        model: The gin file of the model, for evaluation stages; None for that of texts.
         source: The source stage whose artifact the target stage starts from; None without one.
         bindings: Further gin bindings of the target stage.
         rate: The key of the learning rate in `Suite.rates`.
@@ -84,6 +92,7 @@ class Variant:
             examples of each task as a separate run would have.
         version: The suffix of the task versions to train on.
         alone: Whether each run is a separate job, because it trains the backbone.
+        draw: The draw, from 1, of the source stage to start from; None for the mean over draws.
     """
 
     name: str
@@ -99,6 +108,8 @@ class Variant:
     joint: bool = False
     version: str = ""
     alone: bool = False
+    model: str | None = None
+    draw: int | None = None
 
     @property
     def folder(self) -> str:
@@ -358,7 +369,7 @@ CROSSPT_TOY_LABELS = (
     _crosspt("unrelated labels", version="_synthetic"),
 )
 
-VARIANTS = {
+VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         *(*FINE_TUNING, PT, PT_STRONG, SPOT, *FROM_SOURCES, MPT_VARIANT, MPT_TOGETHER, MPT_12),

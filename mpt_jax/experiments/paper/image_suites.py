@@ -1,0 +1,105 @@
+"""The two task suites for the tables on images: published sets, and the small image world."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+from mpt_jax.experiments.paper.suites import Length, Suite
+from mpt_jax.experiments.paper.variants import Variant
+
+# ELEVATER's sets that are not among the source sets, over which MVLPT's figures are averaged.
+OTHERS = (
+    *("hateful_memes", "cifar10", "mnist", "resisc45", "country211", "voc2007", "cifar100"),
+    *("patch_camelyon", "rendered_sst2", "gtsrb", "fer2013", "kitti_distance"),
+)
+ALSO_SOURCES = (
+    *("oxford_flowers102", "oxford_pets", "food101", "stanford_cars", "fgvc_aircraft"),
+    *("caltech101", "dtd", "eurosat"),
+)
+SOURCES = (
+    *("imagenet", "caltech101", "food101", "stanford_cars", "oxford_pets", "oxford_flowers"),
+    *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
+)
+BASE, NEW = "_base", "_new"  # suffixes of tasks with half of the classes
+_EPOCHS, _BATCH, _EVERY = 200, 32, 10  # MVLPT's recipe; evaluated every 10 epochs
+
+
+def _length(task: str, variant: Variant, shots: int | None) -> Length:
+    """Returns MVLPT's training length: 200 epochs in batches of 32."""
+    del variant
+    assert shots is not None  # all tables on images are few-shot
+    images = shots * _number_of_classes(task)
+    epoch = max(1, images // _BATCH)
+    rows = min(_BATCH, images)
+    return Length(_EPOCHS * epoch, rows, period=_EVERY * epoch, epoch=epoch)
+
+
+def _number_of_classes(task: str) -> int:
+    """Returns the number of classes of a published set, or of half of it."""
+    name = task.removesuffix(BASE)
+    module = importlib.import_module(f"mpt_jax.tasks.image_sets.{name.split('_')[0]}")
+    (number,) = (found.classes.number for found in module.SETS if found.name == name)
+    return math.ceil(number / 2) if name != task else number
+
+
+def halves(sets: tuple[str, ...]) -> dict[str, str]:
+    """Returns the name of a half of a set's classes -> the name of its task, given the names of
+    tasks."""
+    return {f"{name}{half}": f"{name}{half}" for half in (BASE, NEW) for name in sets}
+
+
+IMAGES = Suite(
+    name="images",
+    tasks={name: f"elevater_{name}" for name in (*OTHERS, *ALSO_SOURCES)}
+    | halves(tuple(f"coop_{name}" for name in SOURCES)),
+    sources={name: f"coop_{name}" for name in SOURCES},
+    modules=("mpt_jax.tasks.image_sets.coop", "mpt_jax.tasks.image_sets.elevater"),
+    files=(),
+    test_files=(),
+    source_steps=None,
+    length=_length,
+    rates={},
+    tested_apart=True,
+)
+
+# toy_tint and toy_gray_texture were used to choose the learning rates (docs/study/vision.md), so no
+# table has them as targets.
+TOY_TARGETS = ("toy_outline", "toy_position", "toy_many", "toy_compound", "toy_digits")
+TOY_SOURCES = (
+    *("toy_shape", "toy_color", "toy_texture", "toy_shape_color", "toy_size", "toy_background"),
+    "toy_count",
+)
+TOY_TRANSFER = (
+    *("toy_shape", "toy_color", "toy_texture", "toy_size", "toy_background"),
+    *("toy_outline", "toy_compound", "toy_digits"),
+)
+TOY_HALVES = ("toy_outline", "toy_compound", "toy_digits")
+
+
+def _toy_sequence(name: str, seed: int) -> list[str]:
+    """Returns the tasks of a sequence; each seed has its own order of the classes."""
+    from mpt_jax.tasks import toy_sequences
+
+    assert name == toy_sequences.NAME
+    return toy_sequences.sequence(seed)
+
+
+TOY_IMAGES = Suite(
+    name="toy_images",
+    tasks={name: name for name in (*TOY_TARGETS, *TOY_SOURCES)} | halves(TOY_HALVES),
+    sources={name: name for name in TOY_SOURCES},
+    modules=("mpt_jax.tasks.toy_image_tasks", "mpt_jax.tasks.toy_sequences"),
+    files=("gin/tiny_vision.gin", "gin/runs/last_step.gin"),
+    test_files=("gin/tiny_vision.gin",),
+    source_steps=100,
+    length=lambda task, variant, shots: Length(steps=100, rows=8, epoch=4),
+    rates={},
+    tested_apart=False,
+    is_toy=True,
+    source_files=("gin/runs/no_evaluation.gin",),
+    sequence=_toy_sequence,
+    sequence_steps=100,
+)
+
+SUITES = {"paper": IMAGES, "toy": TOY_IMAGES}
