@@ -2,6 +2,7 @@
 
     mpt-jax demo            what `make demo` runs
     mpt-jax demo --full     every target, k = 4, 16, 32 and full data, every method
+    mpt-jax demo --vision   images instead of texts (`image_demo`)
 
 The demo runs its stages one after another in one process, with the same `train()` and gin files as
 the command line. The comparison was specified in advance in docs/study/protocol.md.
@@ -20,7 +21,7 @@ from pathlib import Path
 from absl import logging
 
 from mpt_jax.config import gin_utils
-from mpt_jax.experiments import results
+from mpt_jax.experiments import image_demo, results
 from mpt_jax.experiments.report import sections, tables
 from mpt_jax.experiments.results import Result
 from mpt_jax.experiments.stages import Run, Stage, collect, target_bindings, target_runs
@@ -94,14 +95,20 @@ def methods(root: Path) -> tuple[Method, ...]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the demo, prints its tables, and writes its report and results.json."""
     parser = argparse.ArgumentParser(prog="mpt-jax demo", description="MPT on the toy suite")
-    parser.add_argument("--full", action="store_true", help="all targets, k = 4, 16, 32 and full")
-    parser.add_argument("--root", default=os.path.join(paths.root(), "demo"), help="output folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="all targets, k = 4, 16, 32 and full")
+    which.add_argument("--vision", action="store_true", help="MVLPT on images of the small world")
+    parser.add_argument("--root", help="output folder; default MPT_JAX_ROOT/demo or demo_vision")
     args = parser.parse_args(argv)
+    name = "demo_vision" if args.vision else "demo"
+    root = Path(args.root or os.path.join(paths.root(), name))
     gin_utils.log_progress()
     compilation_cache.enable()
-    started = time.monotonic()
-    root = Path(args.root)
     set_aside_finished(root)
+    if args.vision:
+        image_demo.run(root)
+        return
+    started = time.monotonic()
     train_sources(root)
     targets = ALL_TARGETS if args.full else TARGETS
     shots: tuple[int | None, ...] = (4, 16, 32, None) if args.full else (32,)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from mpt_jax.experiments.paper.variants import Source, Variant
 
@@ -46,7 +47,7 @@ def _target(
         source,
         (*bindings, *(() if source else (SCRATCH,))),
         model=CLIP,
-        **{"rate": method.split("/")[-1].removesuffix(".gin"), **rest},
+        **{"rate": f"{'m' if source else ''}{Path(method).stem}", **rest},
     )
 
 
@@ -98,7 +99,7 @@ COUPLINGS = (
     _target(
         "MUPT, mixing none", UPT, _joint("upt_none", UPT, "MIXING = 'none'"), "MIXING = 'none'"
     ),
-    _target("M(CoOp + VPT)", BOTH, _joint("coop_vpt", BOTH, *_AS_UPT), *_AS_UPT, rate="coop_vpt"),
+    _target("M(CoOp + VPT)", BOTH, _joint("coop_vpt", BOTH, *_AS_UPT), *_AS_UPT),
 )
 UNION = _target("MUPT, union softmax", UPT, _joint("upt_union", UPT, "CLASS_SOFTMAX = 'union'"))
 # Targets start from one draw of the source stage, instead of from the mean over three.
