@@ -10,6 +10,7 @@ from mpt_jax.prompts import (
     shared_prompt,
     sites,
     upt,
+    zero_shot,
 )
 from mpt_jax.prompts.base import PromptMethod, get_method, method_names, register
 from mpt_jax.prompts.crosspt import crosspt
@@ -29,4 +30,5 @@ __all__ = [
     "shared_prompt",
     "sites",
     "upt",
+    "zero_shot",
 ]

@@ -67,13 +67,14 @@ def create_train_state(
     partitioner: PjitPartitioner,
     rows_by_run: bool = False,
 ) -> TrainState:
-    """Returns the state at step 0, sharded over the mesh. For `rows_by_run`, see `Trainer`.
+    """Returns the state at step 0, sharded over the mesh. For `rows_by_run`, see `Trainer`. A model
+    without an optimizer, which cannot be trained, has no optimizer state.
 
     Raises:
-        ValueError: no parameter is trainable.
+        ValueError: the model has an optimizer, but no parameter is trainable.
     """
     trainable, frozen = split(params, model.labels, trainable_labels(model, params))
-    if not flatten(trainable):
+    if model.optimizer_def is not None and not flatten(trainable):
         raise ValueError(
             "No parameter is trainable: every parameter is labeled 'frozen'. Use a prompt method "
             "with trainable parameters, or add a rule with another label to TRAINABLE."
@@ -81,7 +82,9 @@ def create_train_state(
     shardings = _shardings(model, partitioner, params, param_shapes(model)[1], rows_by_run)
     put = lambda tree: put_like(tree, shardings, partitioner.replicated)  # noqa: E731
     trainable = put(trainable)
-    opt_state = put(jax.jit(model.optimizer_def.init)(trainable))
+    opt_state = {}
+    if model.optimizer_def is not None:
+        opt_state = put(jax.jit(model.optimizer_def.init)(trainable))
     replicate = lambda x: jax.device_put(x, partitioner.replicated)  # noqa: E731
     return TrainState(
         step=replicate(jnp.zeros((), jnp.int32)),

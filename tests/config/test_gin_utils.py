@@ -42,7 +42,9 @@ FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "gin").rglob("*.g
 # tests/config/test_image_gin.py.
 OF_IMAGES = [f"gin/{name}.gin" for name in ("coop_target", "vpt_target", "tiny_vision")]
 OF_IMAGES += [f"gin/{name}.gin" for name in ("mvlpt_source", "mvlpt_target")]
-OF_IMAGES += [f"gin/methods/{name}.gin" for name in ("coop", "cocoop", "vpt", "upt", "sgd")]
+OF_IMAGES += [
+    f"gin/methods/{name}.gin" for name in ("coop", "cocoop", "vpt", "upt", "sgd", "zero_shot")
+]
 OF_IMAGES += ["gin/runs/image_cache.gin"]
 # tests/config/test_clip_mpt_gin.py.
 OF_IMAGES += [f"gin/{x}.gin" for x in ("clip_mpt_source", "clip_mpt_target", "clip_pt_source")]
