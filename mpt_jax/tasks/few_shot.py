@@ -138,6 +138,11 @@ def draw_as(task: seqio.Task, name: str) -> None:
     setattr(task, _DRAWN_AS, name)
 
 
+def drawn_as(task: seqio.Task) -> str:
+    """Returns the name of the task whose few-shot rows runs of `task` draw."""
+    return getattr(task, _DRAWN_AS, task.name)
+
+
 def _generator(draw: Draw, split: str, *rest: str) -> random.Random:
     split_words = () if split == "train" else (split,)
     return random.Random(" ".join([draw.task, str(draw.k), str(draw.seed), *split_words, *rest]))
@@ -343,7 +348,7 @@ def register_run(name: str) -> bool:
     task = seqio.TaskRegistry.get(asked.task)
     if isinstance(task.source, FewShotSource):
         return False
-    draw = dataclasses.replace(asked, task=getattr(task, _DRAWN_AS, asked.task))
+    draw = dataclasses.replace(asked, task=drawn_as(task))
     if hasattr(task.source, "few_shot"):  # images, see image_few_shot
         _add(name, task, task.source.few_shot(task, draw))
         return True

@@ -10,6 +10,8 @@
 
 Registration checks names and templates and reads no data. The first request for examples or class
 names lists the images, and reports all rows that cannot be used.
+
+`birds_base` has the first half of the classes, `birds_new` the rest (`register_half`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 import seqio
 
 from mpt_jax.core.runs import unknown_name
-from mpt_jax.data import image_preprocessors
+from mpt_jax.data import image_preprocessors, task_lookup
 from mpt_jax.data.classes import (
     ClassVocabulary,
     check_names,
@@ -34,6 +36,7 @@ from mpt_jax.data.classes import (
 )
 from mpt_jax.tasks import few_shot, image_metrics, text_metrics
 from mpt_jax.tasks.image_arrays import ArrayImages
+from mpt_jax.tasks.image_classes import BASE, NEW, SomeClasses, half_of_classes
 from mpt_jax.tasks.image_few_shot import read_index, register_selection, write_index
 from mpt_jax.tasks.image_files import FolderImages, TableImages
 from mpt_jax.tasks.image_sources import ImageSource
@@ -68,6 +71,9 @@ METRICS: Mapping[str, Callable[..., Any]] = {
     "roc_auc": image_metrics.roc_auc,
     "calibration_error": image_metrics.calibration,
 }
+
+# Attribute of a metric that is bound to the classes of a task: the one that was given.
+_GIVEN = "given"
 
 # Those that need one class per example.
 SINGLE_LABEL = ("accuracy", "mean_per_class", "roc_auc", "calibration_error")
@@ -152,6 +158,46 @@ def register(
     seqio.TaskRegistry.add_provider(name, task)
 
 
+def register_half(name: str) -> bool:
+    """Registers `<task>_base` or `<task>_new`, with the first half of the classes of a task or the
+    rest; a resolver for `task_lookup.register_task_resolver`. No data is read. The images of
+    few-shot runs are those that runs of the whole task have of the same classes.
+
+    Returns:
+        Whether `name` is such a name, of an image task.
+
+    Raises:
+        ValueError: the task is a few-shot run, or an image may have several classes.
+    """
+    whole, _, half = name.rpartition("_")
+    if half not in (BASE, NEW) or not whole or not task_lookup.is_task(whole):
+        return False
+    task = seqio.TaskRegistry.get(whole)
+    if not is_image_task(task):
+        return False
+    classes, source = classes_of(task), task.source
+    if classes.multi_label:
+        raise ValueError(
+            f"{name} has half of the classes of {whole}, but an image of {whole} may have classes "
+            "of both halves. Name a task whose images have one class each."
+        )
+    if not isinstance(source, ImageSource):
+        raise ValueError(
+            f"{name} cannot divide {whole}, which is a few-shot run or has a source of another "
+            f"library. Name the half before the draw, as in <task>_{half}_k16_per_class_s1."
+        )
+    chosen = functools.cache(lambda: half_of_classes(whole, half, len(classes.names)))
+    register(
+        name,
+        SomeClasses(source, chosen),
+        lambda: [classes.names[number] for number in chosen()],
+        templates=classes.templates,
+        metric_fns=[getattr(fn, _GIVEN, fn) for fn in task.metric_fns],
+        drawn_as=few_shot.drawn_as(task),
+    )
+    return True
+
+
 class _DividedSplit(DividedImages):
     """Division of the only split of a source, which may read its data to know its splits."""
 
@@ -230,6 +276,7 @@ def metric(chosen: str | Callable[..., Any], classes: ClassVocabulary) -> Callab
             return text_metrics.marked({text_metrics.value_names(of_own_classes)[0]: 0.0}, why)
         return fn(targets, own)
 
+    setattr(of_own_classes, _GIVEN, chosen)
     if isinstance(chosen, str):
         of_own_classes.value_names = (chosen,)  # type: ignore[attr-defined]
     return of_own_classes
@@ -251,3 +298,6 @@ def _class_ids(
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(map(repr, names[:5]))
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+task_lookup.register_task_resolver(register_half)
