@@ -242,6 +242,7 @@ def inference(clip, root, kind, **macros):
         PAIR,
         **{"CONTEXT_LENGTH": 2} if method == "coop" else {"IMAGE_TOKENS": 2},
         INITIAL_ARTIFACT=str(root / kind / "artifact"),
+        GROUPS="independent",
         **{"utils.DatasetConfig.split": "validation"},
         **macros,
     )
@@ -256,9 +257,7 @@ def test_eval_of_artifact_and_checkpoint_gives_the_scores_of_training(clip, kind
     files, given = inference(clip, root, f"{kind}_target")
     assert run_job(["eval", *files], given, "eval") == {0: expected}
     checkpoint = str(root / f"{kind}_target" / "checkpoint_4")
-    files, given = inference(
-        clip, root, f"{kind}_target", CHECKPOINT_PATH=checkpoint, GROUPS="independent"
-    )
+    files, given = inference(clip, root, f"{kind}_target", CHECKPOINT_PATH=checkpoint)
     given = [x for x in given if not x.startswith("INITIAL_ARTIFACT")]
     assert run_job(["eval", *files], given, "eval") == {4: expected}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -50,7 +52,7 @@ def test_eval_needs_the_backbone_only(clip, tmp_path):
 
 @pytest.mark.slow
 def test_eval_of_the_shipped_clip(tmp_path):
-    folder = paths.shipped(name="tiny_clip")
+    folder = Path(paths.shipped(name="tiny_clip"))
     toy = {"TASK_MODULES": ["mpt_jax.tasks.toy_image_tasks"]}
     scores = run_job(FILES, given(folder, tmp_path, ["toy_tint"], **toy), "eval")
     assert scores == {0: {"toy_tint": {"accuracy": pytest.approx(39.6, abs=0.41)}}}  # 2 of 500

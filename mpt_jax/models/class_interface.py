@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpt_jax.core.comparison import abbreviate
+from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.models.class_bank import ClassBank
+from mpt_jax.models.class_texts import ClassTexts
+from mpt_jax.prompts.sites import SitePrompts
 
 
 def predicted_classes(
@@ -28,6 +32,8 @@ class ClassInterface:
     """Mixin that gives `PromptedDualEncoder` the methods that classify the images of a batch."""
 
     bank: ClassBank
+    prompt: SitePrompts
+    texts: ClassTexts
     image_transform: Any
     augmentation: Any
     feature_converter_cls: Callable[..., Any] | None
@@ -71,6 +77,17 @@ class ClassInterface:
         `{'scores': [B]}`."""
         scores = self.score_batch(params, batch)
         return jnp.argmax(scores, axis=-1)[:, None].astype(jnp.int32), {"scores": scores.max(-1)}
+
+    def check_evaluates(self, runs: Runs) -> None:
+        """Raises ValueError if every class has its own context, and a task is not one of `runs`."""
+        missing = [x.task for x in self.texts.tasks if x.task not in runs.task_names]
+        if missing and self.prompt.text_classes:
+            raise ValueError(
+                "The initial artifact has a context for each class of "
+                f"{abbreviate(list(dict.fromkeys(runs.task_names)))}, and none for those of "
+                f"{missing[0]}. Evaluate tasks of the artifact, or train a context that all "
+                "classes share (TEXT_CLASSES = 0), which also fits new classes."
+            )
 
     @property
     def FEATURE_CONVERTER_CLS(self) -> Callable[..., Any]:  # noqa: N802 - T5X's name

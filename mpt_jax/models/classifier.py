@@ -20,6 +20,7 @@ import numpy as np
 
 from mpt_jax.backbones.clip import lanes as lane_pass
 from mpt_jax.backbones.clip.network import CLIP
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
 from mpt_jax.core.tree import Rules
@@ -172,6 +173,15 @@ class PromptedClassifier(PromptedDualEncoder):
         """Returns the `input_digests` without the class names of tasks that are not those of
         `runs`, whose heads are new."""
         return self.input_digests_of(runs.task_names)
+
+    def check_evaluates(self, runs: Runs) -> None:
+        """Raises ValueError if a run is not one of `runs`, which have a head each."""
+        if missing := [run for run in self.runs.run_names if run not in runs.run_names]:
+            raise ValueError(
+                f"The initial artifact has no head for the run {missing[0]!r}, only for "
+                f"{abbreviate(runs.run_names)}. A head scores the classes it was trained on, so "
+                "evaluate runs of the artifact, or train one on the new classes."
+            )
 
     @property
     def changeable_digests(self) -> Collection[str]:

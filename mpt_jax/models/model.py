@@ -131,6 +131,11 @@ class Model(abc.ABC):
         artifact."""
         return ()
 
+    def check_evaluates(self, runs: Runs) -> None:
+        """Raises ValueError if an artifact of `runs` lacks parameters of this model's runs, which
+        no prompt of another run can replace."""
+        del runs
+
     @abc.abstractmethod
     def embedding(self, params: Params) -> Any:
         """Returns the token embeddings [V, H], which initializers read and whose digest is

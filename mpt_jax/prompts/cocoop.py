@@ -20,6 +20,7 @@ from mpt_jax.prompts.base import FLOAT32, NO_CONTEXT, PromptMethod, register
 from mpt_jax.prompts.init import Normal, PromptInits
 from mpt_jax.prompts.row_ops import Grouped, gather_rows
 from mpt_jax.prompts.shared_prompt import SharedPrompt
+from mpt_jax.prompts.spot import SourceTable
 from mpt_jax.prompts.warm_start import group_weights, source_weights, weighted_mean
 
 _META_NET = ("kernel_in", "bias_in", "kernel_out", "bias_out")
@@ -43,7 +44,7 @@ class CoCoOp(PromptMethod):
 
     prompt_length: int
     init_prompt: PromptInits = Normal()
-    start_from: str = "average"
+    start_from: str | SourceTable = "average"
 
     name = "cocoop"
     reads_image = True

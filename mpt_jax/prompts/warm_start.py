@@ -22,7 +22,7 @@ from absl import logging
 
 from mpt_jax.core.runs import Runs, entry_of_run
 from mpt_jax.core.shapes import Array
-from mpt_jax.prompts.base import source_rows
+from mpt_jax.prompts.base import PromptMethod, source_rows
 from mpt_jax.prompts.spot import NearestSource, SourceTable
 
 FIRST = "first"  # the first of a method's `sources`
@@ -138,6 +138,39 @@ def shared_groups(weights: np.ndarray, source_runs: Runs, runs: Runs) -> list[in
             )
         groups += source_groups
     return groups
+
+
+def check_own_prompts(
+    method: PromptMethod, source_method: PromptMethod, source_runs: Runs, runs: Runs
+) -> None:
+    """Checks that each run of a bank gets the prompt that its `start_from` names, so that it can be
+    evaluated. A method whose parameters are those of groups mixes the prompts of a group's runs.
+
+    Args:
+        method, runs: the method and the runs of the bank.
+        source_method, source_runs: those of the artifact that it starts from.
+
+    Raises:
+        ValueError: runs of one group start from different prompts.
+    """
+    has_rows = any(axes[0] == "tasks" for axes in source_method.axes.values())
+    names = range(source_runs.num_rows) if has_rows else source_runs.group_of_row
+    for part in method.parts.values():
+        start = getattr(part, "start_from", None)
+        if {axes[0] for axes in part.axes.values()} != {"groups"} or not (
+            isinstance(start, Mapping) or start == "same"
+        ):
+            continue
+        weights = source_weights(start, source_runs, runs)
+        relative = weights / weights.sum(-1, keepdims=True) @ np.eye(max(names) + 1)[list(names)]
+        for row, group in enumerate(runs.group_of_row):
+            first = runs.group_of_row.index(group)
+            if not np.allclose(relative[row], relative[first]):
+                raise ValueError(
+                    f"The runs {runs.run_names[first]} and {runs.run_names[row]} are in one group "
+                    f"and would share one prompt of the method {part.name!r}, but START_FROM gives "
+                    "them different prompts of the initial artifact. Set GROUPS = 'independent'."
+                )
 
 
 def _table_row(table: SourceTable, source_runs: Runs, run: str) -> np.ndarray:

@@ -38,7 +38,7 @@ from mpt_jax.core.tree import flatten, match_exactly, unflatten
 from mpt_jax.models.model import FROZEN, Model
 from mpt_jax.prompts.base import PromptMethod
 from mpt_jax.prompts.spot import Embeddings, NearestSource
-from mpt_jax.prompts.warm_start import StartFrom
+from mpt_jax.prompts.warm_start import StartFrom, check_own_prompts
 from mpt_jax.training import teachers
 from mpt_jax.training.state import _dtypes, backbone_shapes, param_shapes
 
@@ -188,6 +188,9 @@ def initialize_params(
     initial = functools.partial(_initial_prompt, model, prompt_key, jnp.asarray(embedding))
     if origins.artifact:
         artifact = _initial_artifact(origins.artifact, origins.artifact_command)
+        if evaluates_artifact:
+            model.check_evaluates(artifact.runs)
+            check_own_prompts(model.prompt, artifact.method, artifact.runs, model.runs)
         check(artifact)
         described += f" (prompts from {artifact.path})"
         artifact_digest = artifacts.digest(flatten(artifact.params))

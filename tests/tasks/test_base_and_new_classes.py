@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import seqio
@@ -117,6 +119,6 @@ def test_names_that_cannot_be_divided(labels):
     for name in ("_base", "nothing_base", "base"):
         with pytest.raises(ValueError, match="Unknown task"):
             find_task(name)
-    source = seqio.TextLineDataSource({"train": "absent"})
+    source: Any = seqio.TextLineDataSource({"train": "absent"})
     seqio.TaskRegistry.add("words", source=source, output_features={})
     assert not task_lookup.is_task("words_base")
