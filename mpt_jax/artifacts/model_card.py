@@ -220,6 +220,8 @@ def _how_to_read(config: Mapping[str, Any]) -> str:
             f"prompt of each input. Prompts depend on the {what}, so no run has one that could be "
             "taken alone."
         )
+    if not method.parts:
+        return f"`{read}` gives the method and its parameters. Runs have no prompts."
     if len(method.parts) > 1 or "" not in method.parts:
         return (
             f"`{read}` gives the method and its parameters. The plain prompts "

@@ -35,7 +35,7 @@ def states(
             artifact is named.
         OSError: a checkpoint cannot be read.
     """
-    if not cfg.path and not origins.artifact and model.prompt.prompt_length:
+    if not cfg.path and not origins.artifact and model.prompt.labels:
         raise ValueError(
             "No prompts to read: CHECKPOINT_PATH and INITIAL_ARTIFACT are both empty. Set "
             "CHECKPOINT_PATH to a checkpoint, or INITIAL_ARTIFACT to a prompt artifact."

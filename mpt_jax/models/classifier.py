@@ -1,10 +1,10 @@
-"""The model of images with a head: an image encoder, lanes of tasks, and the classes of each task.
+"""The model of images with a head: an image encoder, the classes of each task, and lanes if any.
 
 It shares the batches, the losses by task and the evaluation of `dual_encoder`, but compares no
 texts: the logits of an example are those of its task's head. Parameters are one nested dict,
 
     {image_encoder}    the backbone, a plain ViT or the image tower of a CLIP
-    prompt             the lanes and the heads (`prompts.lanes`)
+    prompt             the heads (`prompts.heads`), and the lanes if any (`prompts.lanes`)
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpt_jax.backbones.clip import lanes as lane_pass
 from mpt_jax.backbones.clip.network import CLIP
 from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs
@@ -26,7 +24,7 @@ from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
 from mpt_jax.core.tree import Rules
 from mpt_jax.models import class_losses, losses, metrics
 from mpt_jax.models.class_bank import ClassBank
-from mpt_jax.models.class_scores import normalized, site_key, tower_variables
+from mpt_jax.models.class_scores import site_key
 from mpt_jax.models.class_texts import ClassTexts
 from mpt_jax.models.dual_encoder import (
     BACKBONE,
@@ -34,10 +32,11 @@ from mpt_jax.models.dual_encoder import (
     class_names,
     digests_of,
 )
+from mpt_jax.models.lane_scores import LaneScores
 from mpt_jax.models.model import FROZEN, RowCost
-from mpt_jax.prompts.base import FLOAT32, PromptContext, row_axes
-from mpt_jax.prompts.lanes import MultiLane
-from mpt_jax.prompts.row_ops import gather_rows
+from mpt_jax.prompts.base import FLOAT32, row_axes
+from mpt_jax.prompts.heads import Heads
+from mpt_jax.prompts.lanes import LANE
 
 _TEXT = ("text_encoder", "logit_scale")
 
@@ -57,12 +56,12 @@ class HeadObjective(class_losses.ClassObjective):
     all_classes: int = 0
 
 
-class PromptedClassifier(PromptedDualEncoder):
-    """An image encoder with a lane and a head for each task.
+class PromptedClassifier(LaneScores, PromptedDualEncoder):
+    """An image encoder with a head for each task, and with lanes or without (a linear probe).
 
     Args:
         module: the backbone. The text tower of a CLIP is dropped.
-        prompt: the lanes and heads.
+        prompt: the heads, with lanes or without.
         runs: the bank's rows.
         texts: the classes of all tasks of the runs (`class_texts.untokenized`).
         optimizer_def: a `PromptOptimizer`; None if the model is not trained.
@@ -75,14 +74,14 @@ class PromptedClassifier(PromptedDualEncoder):
 
     Raises:
         ValueError: a task has more classes than a head, there are fewer classes in all than the
-            loss is averaged over, the temperature is not positive, or lanes of runs have different
-            lengths.
+            loss is averaged over, the temperature is not positive, a linear probe does not read
+            features of length 1, or lanes of runs have different lengths.
     """
 
     def __init__(  # noqa: PLR0913 - gin binds each of them
         self,
         module: CLIP,
-        prompt: MultiLane,
+        prompt: Heads,
         runs: Runs,
         texts: ClassTexts,
         optimizer_def: Any = None,
@@ -117,14 +116,14 @@ class PromptedClassifier(PromptedDualEncoder):
 
     def _check(self) -> None:
         """Raises ValueError if settings contradict each other."""
-        prompt, texts = self.prompt, self.texts
+        prompt, texts, kind = self.prompt, self.texts, type(self.prompt).__name__
         if self.objective.distillation is not None:
             raise ValueError(
-                "A classifier with lanes has no teachers. Set HeadObjective.distillation to None."
+                "A classifier has no teachers. Set HeadObjective.distillation to None."
             )
         if texts.most_classes > prompt.num_classes:
             raise ValueError(
-                f"A task has {texts.most_classes} classes, but MultiLane.num_classes is "
+                f"A task has {texts.most_classes} classes, but {kind}.num_classes is "
                 f"{prompt.num_classes}. Set it to at least {texts.most_classes}."
             )
         if 0 < self.objective.all_classes < texts.most_classes:
@@ -138,22 +137,18 @@ class PromptedClassifier(PromptedDualEncoder):
                 f"PromptedClassifier.temperature is {self.temperature}, but logits are divided by "
                 "it. Set TEMPERATURE to a positive number, such as 1."
             )
-        if prompt.lane.has_variable_lengths(self.runs):
+        if self.has_lanes:
+            self.check_lanes()
+        elif not self.normalize:
             raise ValueError(
-                "The lanes of runs have different lengths, but all need the same. Set "
-                "PRIVATE_LENGTH to one number."
+                "NORMALIZE is False, but a linear probe reads features of length 1. Set NORMALIZE "
+                "to True, and TEMPERATURE below 1 for larger logits."
             )
-        patches = self.module.config.image.num_tokens - 1
-        if prompt.merged_tokens > patches:
-            raise ValueError(
-                f"MultiLane.merged_tokens is {prompt.merged_tokens}, but an image has {patches} "
-                "patches. Lower MERGED_TOKENS."
-            )
-        if prompt.layers > self.module.config.image.num_layers:
-            raise ValueError(
-                f"MultiLane.layers is {prompt.layers}, but the image tower has "
-                f"{self.module.config.image.num_layers} layers. Lower LANE_LAYERS."
-            )
+
+    @property
+    def has_lanes(self) -> bool:
+        """Whether heads read the features of lanes."""
+        return LANE in self.prompt.parts
 
     @property
     def training_settings(self) -> dict[str, Any]:
@@ -229,52 +224,14 @@ class PromptedClassifier(PromptedDualEncoder):
 
     # --- Scores and loss -------------------------------------------------------------------------
 
-    def lane_features(
-        self, params: Params, batch: Batch, key: Key | None = None, every: bool = False
-    ) -> Float[Array, "B J U"]:
-        """Returns the features of images in the lane of each example's task (J = 1) or, if `every`,
-        in the lanes of all K bank rows; of length 1 if `normalize`."""
-        config, tower = self.module.config, params["image_encoder"]
-        variables = tower_variables(params, "image_encoder")
-        encode: Any = self.module.apply
-        _, hidden = encode(variables, batch["image"], None, True, method="encode_image")
-        lanes = self._lanes_of_layers(params, key)
-        if not every:
-            own = lambda x: gather_rows(x, batch["task_ids"])[:, None]  # noqa: E731
-            lanes = jax.tree.map(own, lanes)
-
-        def of_image(hidden: tuple[Array, ...], lanes: Any) -> Array:
-            return lane_pass.lane_features(
-                tower,
-                config,
-                hidden,
-                lanes,
-                self.prompt.drop_and_replace,
-                self.prompt.merged_tokens,
-            )
-
-        features = jax.vmap(of_image, (0, None if every else 0))(hidden[:-1], lanes)
-        return normalized(features) if self.normalize else features
-
-    def _lanes_of_layers(self, params: Params, key: Key | None) -> list[lane_pass.LayerLanes]:
-        """Returns what the lanes of all bank rows bring to each layer."""
-        prompt, config = self.prompt, self.module.config
-        rows = jnp.arange(self.runs.num_rows)
-        lanes = prompt.lanes(params["prompt"], self.runs, rows, PromptContext(key=key))
-        stack = lane_pass.layers_of(params["image_encoder"], config)
-        found: list[Any] = [None] * len(stack)
-        if prompt.selectors:
-            reading = stack if prompt.drop_and_replace else stack[:1]
-            selectors = lane_pass.selectors_of_layers(reading, config, lanes.selectors)
-            found[: len(reading)] = selectors
-        return [
-            lane_pass.LayerLanes(
-                selectors,
-                lanes.keys[:, i] if i < prompt.layers else None,
-                lanes.values[:, i] if i < prompt.layers else None,
-            )
-            for i, selectors in enumerate(found)
-        ]
+    def head_features(
+        self, params: Params, batch: Batch, key: Key | None = None
+    ) -> Float[Array, "B U"]:
+        """Returns the features of images that the head of each example's task reads: those of its
+        lane or, without lanes, of the frozen image encoder."""
+        if not self.has_lanes:
+            return self.image_features(params, batch)
+        return self.lane_features(params, batch, key)[:, 0]
 
     def own_logits(
         self,
@@ -285,7 +242,7 @@ class PromptedClassifier(PromptedDualEncoder):
         """Returns the logits of the classes of each example's task, in the order of their ids;
         minus infinity at classes that the task does not have."""
         task_ids, key = batch["task_ids"], site_key(prompt_rng)
-        features = self.lane_features(params, batch, key)[:, 0]
+        features = self.head_features(params, batch, key)
         kernel, bias = self.prompt.head(params["prompt"], task_ids)
         product = jnp.einsum("bu,bcu->bc", features, kernel, precision=FLOAT32)
         logits = ((product + bias) / self.temperature)[:, : self.texts.most_classes]
@@ -296,18 +253,6 @@ class PromptedClassifier(PromptedDualEncoder):
     ) -> Float[Array, "B C"]:
         """Returns `own_logits`: only the classes of the example's task compete."""
         return self.own_logits(params, batch, prompt_rng)
-
-    def seen_logits(self, params: Params, batch: Batch) -> Float[Array, "B N"]:
-        """Returns the logits of all classes of the runs in each example's group, each from the lane
-        of its run; minus infinity at those of other groups. Classes are in the order of the runs,
-        and those of a run in the order of their ids."""
-        features = self.lane_features(params, batch, every=True)
-        row = jnp.asarray(self.bank.row)
-        number = jnp.arange(len(self.bank.row)) - jnp.asarray(self.bank.first)[row]
-        kernel, bias = self.prompt.head(params["prompt"], jnp.arange(self.runs.num_rows))
-        product = jnp.einsum("bku,kcu->bkc", features, kernel, precision=FLOAT32)
-        logits = ((product + bias[None]) / self.temperature)[:, row, number]
-        return jnp.where(self.bank.competes(batch["task_ids"]), logits, -jnp.inf)
 
     def loss_sums(
         self,
@@ -336,8 +281,9 @@ class PromptedClassifier(PromptedDualEncoder):
     def row_cost(self, batch: Mapping[str, Any]) -> RowCost:
         """Returns the memory that the image of one row takes in a step."""
         config = self.module.config
-        summaries = self.prompt.selectors + self.prompt.merged_tokens
-        tokens = config.image.num_tokens + summaries + 1
+        tokens = config.image.num_tokens
+        if self.has_lanes:
+            tokens += self.prompt.selectors + self.prompt.merged_tokens + 1
         size = tokens * config.image.num_layers * config.image.emb_dim
         return RowCost(
             size * np.dtype(config.dtype).itemsize, f"with {tokens} tokens per image", None

@@ -3,6 +3,7 @@
 from mpt_jax.prompts import (
     attempt,
     cocoop,
+    heads,
     lanes,
     mpt,
     no_prompt,
@@ -21,6 +22,7 @@ __all__ = [
     "cocoop",
     "crosspt",
     "get_method",
+    "heads",
     "lanes",
     "method_names",
     "mpt",

@@ -15,24 +15,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import msgspec
-import numpy as np
 
 from mpt_jax.core import schema
-from mpt_jax.core.runs import Runs, unknown_name
+from mpt_jax.core.runs import unknown_name
 from mpt_jax.core.shapes import Array, Float, Int, Params
 from mpt_jax.prompts.base import (
     NO_CONTEXT,
     PromptContext,
     PromptMethod,
     method_from_config,
-    name_key,
     register_composite,
 )
+from mpt_jax.prompts.heads import HEAD, Heads
 from mpt_jax.prompts.init import ClassLabels, SampledVocabulary, Text
-from mpt_jax.prompts.row_ops import gather_rows
 from mpt_jax.prompts.sites import SitePrompts
 
-LANE, HEAD = "lane", "head"
+LANE = "lane"
 ORTHOGONAL, UNIFORM, ZERO = "orthogonal", "uniform", "zero"
 KINDS = (ORTHOGONAL, UNIFORM, ZERO)
 
@@ -135,16 +133,14 @@ def _orthogonal_pairs(key: Array, shape: tuple[int, int, int]) -> Float[Array, "
 
 @register_composite
 @dataclasses.dataclass(frozen=True)
-class MultiLane(SitePrompts):
+class MultiLane(Heads):
     """A lane for each task, and a head with a column for each of its classes.
 
-    Parameters are those of the lane's method below `lane/`, and `head/kernel` [K, C, H] and
-    `head/bias` [K, C]. A task with fewer than C classes does not use the last columns.
+    Parameters are those of the lane's method below `lane/`, and those of `Heads`.
 
     Attributes:
         lane: the method that composes the rows of a lane. An artifact's lanes are transferred as
-            its `start_from` says. Heads are not: a run with the name of one of the artifact's runs
-            keeps the head of that run, any other starts from a new one.
+            its `start_from` says.
         num_classes: C, the largest number of classes of a task.
         selectors: A.
         layers: n, the number of layers with keys and values.
@@ -164,11 +160,6 @@ class MultiLane(SitePrompts):
     layers: int = 5
     drop_and_replace: bool = True
     merged_tokens: int = 0
-    # A lane is the only site.
-    text_context: None = dataclasses.field(default=None, init=False, repr=False)
-    image_tokens: None = dataclasses.field(default=None, init=False, repr=False)
-    text_classes: int = dataclasses.field(default=0, init=False, repr=False)
-    image_layers: int = dataclasses.field(default=1, init=False, repr=False)
 
     name = "multi_lane"
 
@@ -203,19 +194,7 @@ class MultiLane(SitePrompts):
         """The lane's method."""
         return {LANE: self.lane}
 
-    @property
-    def labels(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The label rules of the lane's method, and 'head'."""
-        return (*super().labels, (f"{HEAD}/.*", HEAD))
-
-    @property
-    def axes(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The logical axes of all parameters."""
-        head = {"kernel": ("tasks", "classes", "embed"), "bias": ("tasks", "classes")}
-        return {**super().axes, **{f"{HEAD}/{name}": axes for name, axes in head.items()}}
-
     def init(self, key, runs, context):
-        """As torch's linear layers, the head's values are uniform in ±1/sqrt(H)."""
         start = getattr(self.lane, "init_prompt", None)
         if isinstance(start, SampledVocabulary | ClassLabels | Text):
             raise ValueError(
@@ -223,26 +202,11 @@ class MultiLane(SitePrompts):
                 "inputs of a text encoder. Set INIT to @lanes.LaneInit() or @init.Uniform()."
             )
         own, rest = jax.random.split(key)
-        width, bound = context.joint_dim, context.joint_dim**-0.5
         empty = dataclasses.replace(
             context, embedding=jnp.zeros((0, context.image_width), jnp.float32)
         )
-        shapes = {"kernel": (self.num_classes, width), "bias": (self.num_classes,)}
-        head = {
-            name: jnp.stack(
-                [
-                    jax.random.uniform(
-                        name_key(jax.random.fold_in(rest, number), run),
-                        shape,
-                        minval=-bound,
-                        maxval=bound,
-                    )
-                    for run in runs.run_names
-                ]
-            )
-            for number, (name, shape) in enumerate(shapes.items())
-        }
-        return {LANE: self.lane.init(own, runs, empty), HEAD: head}
+        lanes = self.lane.init(own, runs, empty)
+        return {LANE: lanes, HEAD: self.init_head(rest, runs, context)}
 
     def compose_site(self, site, params, runs, task_ids, given=NO_CONTEXT):
         """Returns the rows of lanes, [..., A + 2 n P, H]; see `split_rows`."""
@@ -258,13 +222,6 @@ class MultiLane(SitePrompts):
         """Returns the lanes of the bank rows `task_ids` [...]."""
         rows = self.compose_site(LANE, params, runs, task_ids, given)
         return split_rows(rows, self.selectors, self.layers)
-
-    def head(
-        self, params: Params, task_ids: Int[Array, "..."]
-    ) -> tuple[Float[Array, "... C H"], Float[Array, "... C"]]:
-        """Returns the kernels and biases of the heads of the bank rows `task_ids` [...]."""
-        own = params[HEAD]
-        return gather_rows(own["kernel"], task_ids), gather_rows(own["bias"], task_ids)
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         """Starts lanes as the `start_from` of their method says, from those of another `MultiLane`
@@ -284,15 +241,8 @@ class MultiLane(SitePrompts):
         new = initial()
         theirs = source_method.lane
         lane = self.lane.transfer(source[LANE], theirs, source_runs, runs, lambda: new[LANE])
-        head = {
-            name: _known_rows(name, new[HEAD][name], source[HEAD][name], source_runs, runs)
-            for name in ("kernel", "bias")
-        }
+        head = self.transfer_head(new[HEAD], source[HEAD], source_runs, runs)
         return {LANE: lane, HEAD: head}
-
-    def for_inference(self, params):
-        method, kept = super().for_inference(params)
-        return method, {**kept, HEAD: params[HEAD]}
 
     def config(self):
         lane = {"method": self.lane.name, "config": self.lane.config()}
@@ -326,19 +276,3 @@ class _Config(msgspec.Struct, forbid_unknown_fields=True):
     layers: schema.Count
     drop_and_replace: bool
     merged_tokens: schema.Count
-
-
-def _known_rows(name: str, new: Array, old: Any, source_runs: Runs, runs: Runs) -> Array:
-    """Returns new values [K, C, ...] of the head, with those of the artifact's runs in place of the
-    rows with their names."""
-    values, old = np.array(new), np.asarray(old)
-    known = [run for run in runs.run_names if run in source_runs.run_names]
-    if known and (old.shape[1] > values.shape[1] or old.shape[2:] != values.shape[2:]):
-        raise ValueError(
-            f"The head of the initial artifact has the shape {old.shape[1:]} ({name}), which does "
-            f"not fit into that of this job, {values.shape[1:]}. Set MultiLane.num_classes to the "
-            "number of classes of the largest task, and use the same backbone."
-        )
-    for run in known:
-        values[runs.row(run), : old.shape[1]] = old[source_runs.row(run)]
-    return jnp.asarray(values)

@@ -166,7 +166,7 @@ class SitePrompts(PromptMethod):
     @property
     def schedule_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The length of the longest schedule of a part."""
-        return max(method.schedule_steps for method in self.parts.values())
+        return max((method.schedule_steps for method in self.parts.values()), default=0)
 
     # --- Methods of the protocol ------------------------------------------------------------------
 
@@ -187,10 +187,11 @@ class SitePrompts(PromptMethod):
         }
 
     def compose(self, params, runs, task_ids, given=NO_CONTEXT):
+        what = f"with prompts for {' and '.join(self.parts)}" if self.parts else "without prompts"
         raise ValueError(
-            f"An artifact with prompts for {' and '.join(self.parts)} has no single plain prompt "
-            "[P, H], so it cannot be merged with other artifacts, and other methods cannot start "
-            "from it. Set INITIAL_ARTIFACT to this artifact only, in a job for images."
+            f"An artifact {what} has no single plain prompt [P, H], so it cannot be merged with "
+            "other artifacts, and other methods cannot start from it. Set INITIAL_ARTIFACT to this "
+            "artifact only, in a job for images."
         )
 
     def compose_site(
@@ -276,6 +277,19 @@ class SitePrompts(PromptMethod):
             if x is not None
         }
         return cls(**methods, text_classes=checked.text_classes, image_layers=checked.image_layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutSites(SitePrompts):
+    """Base class of methods for image models that prompt neither texts nor image tokens."""
+
+    text_context: None = dataclasses.field(default=None, init=False, repr=False)
+    image_tokens: None = dataclasses.field(default=None, init=False, repr=False)
+    text_classes: int = dataclasses.field(default=0, init=False, repr=False)
+    image_layers: int = dataclasses.field(default=1, init=False, repr=False)
+
+    def __post_init__(self):
+        """Sites without methods are valid."""
 
 
 def num_rows(positions: int, parts: int) -> int:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from mpt_jax.prompts.sites import SitePrompts
+from mpt_jax.prompts.sites import WithoutSites
 
 
 @dataclasses.dataclass(frozen=True)
-class ZeroShot(SitePrompts):
+class ZeroShot(WithoutSites):
     """A dual encoder whose sites have no prompts, and which is evaluated as it is."""
 
-    # No site has a method.
-    text_context: None = dataclasses.field(default=None, init=False, repr=False)
-    image_tokens: None = dataclasses.field(default=None, init=False, repr=False)
-    text_classes: int = dataclasses.field(default=0, init=False, repr=False)
-    image_layers: int = dataclasses.field(default=1, init=False, repr=False)
-
     name = "zero_shot"
-    schedule_steps = 0
-
-    def __post_init__(self):
-        pass
 
     def transfer(self, source, source_method, source_runs, runs, initial=dict):
         raise ValueError(

@@ -21,7 +21,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
 from mpt_jax.models.class_texts import ClassTexts, TaskClasses, class_texts
 from mpt_jax.prompts.base import PromptMethod, params_of_parts
-from mpt_jax.prompts.lanes import LANE
+from mpt_jax.prompts.heads import Heads
 from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
@@ -46,14 +46,16 @@ class Inputs:
     tasks: tuple[TaskClasses, ...]
 
 
-def refuse_lanes(found: Sequence[Artifact]) -> None:
-    """Raises ValueError if an artifact has lanes, which are not compared with class texts."""
-    if lanes := [x.path for x in found if LANE in x.method.parts]:
-        raise ValueError(
-            f"The artifacts {abbreviate(lanes)} have lanes and heads, which this server cannot "
-            "run. Use `python -m t5x.infer` with gin/models/prompted_vit.gin and "
-            "gin/methods/multi_lane.gin."
-        )
+def refuse_heads(found: Sequence[Artifact]) -> None:
+    """Raises ValueError if an artifact has heads, which do not compare images with class texts."""
+    for artifact in found:
+        if isinstance(artifact.method, Heads):
+            kind = artifact.method.name
+            raise ValueError(
+                f"The artifact {artifact.path} has heads (method {kind!r}), which this server "
+                "cannot run. Use `python -m t5x.infer` with gin/models/prompted_vit.gin and "
+                f"gin/methods/{kind}.gin."
+            )
 
 
 def is_of_images(folder: str) -> bool:

@@ -34,7 +34,7 @@ from mpt_jax.serving.predict.image_artifacts import (
     inputs_of,
     names_of_rows,
     plain_prompts_of,
-    refuse_lanes,
+    refuse_heads,
     texts_of,
 )
 from mpt_jax.serving.predict.image_requests import ImageReader, ImageRequest
@@ -113,7 +113,7 @@ class ImageServer:
             )
         sources = [Named.parse(text) for text in prompts]
         found = [artifacts.load_artifact(source.folder) for source in sources]
-        refuse_lanes(found)
+        refuse_heads(found)
         config = dataclasses.replace(read_clip_config(path), dtype=dtype)
         if config.text is None:
             raise ValueError(
