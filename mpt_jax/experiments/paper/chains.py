@@ -100,6 +100,8 @@ def _cell(table: Table, suite: Suite, root: Path, variant: Variant, shots: int |
             ]
             if start is not None:
                 bindings.append(f"INITIAL_ARTIFACT = {start}")
+            elif variant.model:  # the target stages on images start from an artifact by default
+                bindings.append("INITIAL_ARTIFACT = None")
             files = (*variant.files, *suite.files)
             name = _name(table, variant, shots, runs, length, repeat)
             jobs.append(Stage(name, files, tuple(bindings), runs, length.steps))

@@ -18,13 +18,15 @@ COOP, VPT, UPT, BOTH, COCOOP, MPT = (
     f"gin/methods/{name}.gin" for name in ("coop", "vpt", "upt", "coop_vpt", "cocoop", "clip_mpt")
 )
 SHOTS = 20  # training images of each class in a source stage, as in gin/mvlpt_source.gin
-SCRATCH = "INITIAL_ARTIFACT = None"
 
-ZERO_SHOT = Variant("zero-shot", (), "gin/methods/zero_shot.gin", model=CLIP)
+SQUASH = "IMAGE_MODE = 'squash'"  # as the target stages' gin files; evaluation has the default
+
+ZERO_SHOT = Variant("zero-shot", (), "gin/methods/zero_shot.gin", bindings=(SQUASH,), model=CLIP)
 PROBE = Variant(
     "linear probe",
-    ("gin/linear_probe.gin",),
+    ("gin/linear_probe.gin", CACHE),
     "gin/methods/linear_probe.gin",
+    bindings=(SQUASH,),
     rate="linear_probe",
     model=VIT,
 )
@@ -45,7 +47,7 @@ def _target(
         (TARGET, method, *cached),
         method,
         source,
-        (*bindings, *(() if source else (SCRATCH,))),
+        (SQUASH, *bindings),
         model=CLIP,
         **{"rate": f"{'m' if source else ''}{Path(method).stem}", **rest},
     )
@@ -130,7 +132,7 @@ def _mpt(
         teachers,
         draws=1,
     )
-    return Variant(name, (MPT_TARGET,), MPT, source, tuple(both), "clip_mpt", model=CLIP)
+    return Variant(name, (MPT_TARGET,), MPT, source, (SQUASH, *both), "clip_mpt", model=CLIP)
 
 
 MPT_VARIANT = _mpt("MPT", teachers=TEACHERS)
