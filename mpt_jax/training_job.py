@@ -80,17 +80,8 @@ def restore_or_initialize(  # noqa: PLR0913 - the arguments of `train` that it u
     The state is restored from the job's last checkpoint. If there is none, prompts start from the
     initial artifact, or from the method's initial values if no artifact is named. The datasets of
     `eval_cfgs` are included in the job's fingerprint.
-
-    Raises:
-        ValueError: the model has no optimizer.
     """
-    if model.optimizer_def is None:
-        raise ValueError(
-            f"The method {model.prompt.name!r} cannot be trained, because it has no optimizer "
-            "(OPTIMIZER is None). To evaluate it, run python -m t5x.eval --gin_file=gin/eval.gin "
-            "with its file of gin/methods. To train, choose another file, such as "
-            "gin/methods/coop.gin."
-        )
+    _require_optimizer(model)
     batches = datasets.train_iterator(data_cfg, model.FEATURE_CONVERTER_CLS, **_hosts())
     origins = initializer_cls().origins
     initial = initialization.initialize_params(model, origins, jax.random.PRNGKey(seed))
@@ -136,6 +127,17 @@ def restore_or_initialize(  # noqa: PLR0913 - the arguments of `train` that it u
         position,
         resumed=resumed is not None,
     )
+
+
+def _require_optimizer(model: Model) -> None:
+    """Raises ValueError if a model cannot be trained, such as zero-shot CLIP."""
+    if model.optimizer_def is None:
+        raise ValueError(
+            f"The method {model.prompt.name!r} cannot be trained, because it has no optimizer "
+            "(OPTIMIZER is None). To evaluate it, run python -m t5x.eval --gin_file=gin/eval.gin "
+            "with its file of gin/methods. To train, choose another file, such as "
+            "gin/methods/coop.gin."
+        )
 
 
 def _restore(
