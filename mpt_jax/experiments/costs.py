@@ -42,11 +42,16 @@ def training_operations(record: Mapping[str, Any]) -> float:
 
     Args:
         record: A line of run.jsonl (`results.read_record`). Returns 0 if it lacks the lengths, as
-            lines of earlier versions do.
+            lines of earlier versions and of jobs on images do.
+
+    Raises:
+        ValueError: the lengths or the backbone's configuration are damaged.
     """
     lengths = record.get("task_feature_lengths")
     if not lengths or not record.get("backbone_config"):
         return 0.0
+    schema.check(lengths, Lengths, "The task_feature_lengths of run.jsonl")
+    schema.check(record["backbone_config"], Architecture, "The backbone_config of run.jsonl")
     trained = record["trainable_parameters"] > record["parameters"] / 2  # not so with BitFit
     prompted = lengths["inputs"] + (record.get("prompt_length") or 0)
     weights, attention = forward_products(record["backbone_config"], prompted, lengths["targets"])

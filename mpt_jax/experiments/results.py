@@ -18,7 +18,6 @@ from mpt_jax.artifacts.model_card import CONSTANT
 from mpt_jax.core import schema
 from mpt_jax.core.old_names import existing_folder
 from mpt_jax.core.runs import unknown_name
-from mpt_jax.experiments import costs
 from mpt_jax.runtime.files import write_atomic
 
 # A table shows one of these for each task, the first that the task declares: exact match of the
@@ -90,8 +89,8 @@ class Record(msgspec.Struct):
     prompt_length: schema.Count | None = None
     batch_size: schema.Amount | None = None
     total_steps: schema.Count | None = None
-    backbone_config: costs.Architecture | None = None
-    task_feature_lengths: costs.Lengths | None = None
+    backbone_config: dict[str, Any] | None = None
+    task_feature_lengths: dict[str, Any] | None = None
 
 
 class ArtifactConfig(msgspec.Struct):

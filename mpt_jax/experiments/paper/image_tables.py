@@ -89,7 +89,7 @@ TABLES = (
         "Tasks learned one after another (MULTI-LANE)",
         (variants.MULTI_LANE, *variants.LANES),
         {"sequence": ("toy_many",)},
-        metrics={"toy_many": ("average", "last", "forgetting")},
+        metrics={"toy_many": ("last", "average", "forgetting")},
         seeds=10,
         suites={"toy": suites.TOY_IMAGES},
         of_sequences=True,

@@ -18,7 +18,7 @@ from mpt_jax.experiments.paper.variants import Variant
 from mpt_jax.experiments.results import Result
 from mpt_jax.experiments.stages import Run, Stage, quoted
 
-METRICS = ("average", "last", "forgetting")
+METRICS = ("last", "average", "forgetting")  # variants are compared by the first
 
 
 @dataclasses.dataclass(frozen=True)
