@@ -9,6 +9,7 @@ context.py            input that all sections share: labels, styles, missing dat
 result_sections.py    sections computed from results.json
 run_sections.py       sections read from run folders: curves, prompts, provenance
 single_run.py         the page of one MODEL_DIR
+confusion.py          confusion matrices of image tasks
 mixture_sections.py   sections about the weights of mixed prompts
 sections.py           order of the sections; writes the page
 """

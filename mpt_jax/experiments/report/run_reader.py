@@ -20,6 +20,7 @@ from mpt_jax.core.old_names import existing_folder
 from mpt_jax.experiments.results import Result, main_metric
 
 METRICS, RECORD, ARTIFACT = "metrics.jsonl", "run.jsonl", "artifact"
+EVALUATIONS = "inference_eval"  # the folder of metrics and predictions
 # Folders of source stages: below the root of a demo, and beside the folder of a paper's table. If a
 # table trains a source stage for each seed, the first is shown.
 TEACHERS = ("pt_source", "teachers")
@@ -105,7 +106,7 @@ def scores(model_dir: Path) -> list[Curve]:
 def evaluations(model_dir: Path) -> dict[str, dict[int, dict[str, float]]]:
     """Returns run -> step -> metric -> value of all evaluations."""
     by_run: dict[str, dict[int, dict[str, float]]] = {}
-    for path in sorted((model_dir / "inference_eval").glob("*-metrics.jsonl")):
+    for path in sorted((model_dir / EVALUATIONS).glob("*-metrics.jsonl")):
         by_step = by_run[path.name.removesuffix("-metrics.jsonl")] = {}
         for line in _metrics(path, Evaluated):
             step = line.pop("step")
@@ -125,7 +126,7 @@ def artifact(model_dir: Path) -> Artifact | None:
 
 def records(model_dir: Path) -> list[Mapping[str, Any]]:
     """Returns the records in run.jsonl, one for each start of the job."""
-    return [line for _, line in _lines(model_dir / RECORD)]
+    return [line for _, line in lines(model_dir / RECORD)]
 
 
 def _metrics(path: Path, kind: type[Evaluated]) -> Iterator[dict[str, Any]]:
@@ -134,22 +135,23 @@ def _metrics(path: Path, kind: type[Evaluated]) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: a line is not valid JSON, lacks a field, or a value is not a number.
     """
-    for what, line in _lines(path):
+    for what, line in lines(path):
         schema.check(line, kind, what, ADVICE)
         metrics = {name: x for name, x in line.items() if name not in kind.__struct_fields__}
         schema.check(metrics, dict[str, float], what, ADVICE)
         yield line
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (name for errors, object) for each line of a JSON Lines file. A missing file counts as
-    empty.
+def lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (name for errors, object) for each line of a JSON Lines file, which is read one line
+    at a time. A missing file counts as empty.
 
     Raises:
-        ValueError: a line is not valid JSON, or not an object.
+        ValueError: a line is not valid JSON, too long, or not an object.
     """
     if not path.exists():
         return
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        what = f"Line {number} of {path}"
-        yield what, schema.load(line, dict[str, Any], what, ADVICE)
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(schema.MOST_BYTES + 1), b""), 1):
+            what = f"Line {number} of {path}"
+            yield what, schema.load(line, dict[str, Any], what, ADVICE)

@@ -1,11 +1,11 @@
-"""Report of one MODEL_DIR: scores by step, loss curves and the settings of the job."""
+"""Report of one MODEL_DIR: scores by step, confusion matrices, loss curves and the settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpt_jax.experiments.report import figures, page, run_reader, run_sections
+from mpt_jax.experiments.report import confusion, figures, page, run_reader, run_sections
 from mpt_jax.experiments.report.figures import Line, Panel, Style
 from mpt_jax.experiments.report.page import Section
 from mpt_jax.experiments.results import main_metric
@@ -26,15 +26,18 @@ def write(model_dir: Path, out: Path) -> Path:
     Raises:
         ValueError: a file of the folder is damaged.
     """
-    sections = [
-        Section("Scores", _scores(model_dir)),
-        Section("Loss", _losses(model_dir)),
-        Section("Settings", _settings(model_dir)),
-    ]
-    shown = [section for section in sections if section.blocks]
-    if absent := [section.title for section in sections if not section.blocks]:
-        what = [f"{title}: not recorded in {model_dir}." for title in absent]
-        shown.append(Section("What is not shown", [page.points(what)]))
+    notes: list[str] = []
+    sections = {
+        "Scores": _scores(model_dir),
+        "Confusion matrices": confusion.of_model_dir(model_dir, notes),
+        "Loss": _losses(model_dir),
+        "Settings": _settings(model_dir),
+    }
+    expected = [title for title in ("Scores", "Loss", "Settings") if not sections[title]]
+    absent = [f"{title}: not recorded in {model_dir}." for title in expected] + notes
+    shown = [Section(title, found) for title, found in sections.items() if found]
+    if absent:
+        shown.append(Section("What is not shown", [page.points(absent)]))
     out.parent.mkdir(parents=True, exist_ok=True)
     title = f"Run: {model_dir.resolve().name}"
     out.write_text(page.document(title, shown), encoding="utf-8")
