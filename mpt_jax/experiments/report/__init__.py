@@ -7,6 +7,9 @@ figures.py            SVG figures in the page's colors
 page.py               HTML of the page
 context.py            input that all sections share: labels, styles, missing data
 result_sections.py    sections computed from results.json
+gain_sections.py      gains over prompt tuning and over zero-shot
+transfer.py           statistics of transfer from single sources
+transfer_sections.py  sections about transfer from single sources
 run_sections.py       sections read from run folders: curves, prompts, provenance
 single_run.py         the page of one MODEL_DIR
 confusion.py          confusion matrices of image tasks

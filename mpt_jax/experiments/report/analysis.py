@@ -10,8 +10,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.experiments.report.run_reader import Curve
 from mpt_jax.experiments.results import Estimate, Result, estimate, paired
+from mpt_jax.prompts.base import params_of_parts
+from mpt_jax.prompts.materialize import plain_prompts
 
 BASELINE = "PT"  # gains are relative to prompt tuning without a source prompt
 ByLabel = Mapping[str, Mapping[int | None, Result]]  # label -> shots -> result
@@ -201,7 +204,7 @@ def mean_curves(curves: Iterable[Curve]) -> dict[int, Curve]:
     }
 
 
-def cosines(prompts: Float[np.ndarray, "K P H"]) -> Float[np.ndarray, "K K"]:
+def cosines(prompts: Float[np.ndarray, "K ..."]) -> Float[np.ndarray, "K K"]:
     """Returns the cosine similarities of the flattened prompts."""
     flat = prompts.reshape(len(prompts), -1)
     unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
@@ -209,7 +212,7 @@ def cosines(prompts: Float[np.ndarray, "K P H"]) -> Float[np.ndarray, "K K"]:
 
 
 def cosines_by_task(
-    prompts: Float[np.ndarray, "K P H"], tasks: Sequence[str]
+    prompts: Float[np.ndarray, "K ..."], tasks: Sequence[str]
 ) -> tuple[list[str], Float[np.ndarray, "T T"]]:
     """Returns the tasks, and the mean cosine similarity between the runs of every pair of tasks.
     The diagonal compares different runs of one task; it is 1 for a task with a single run.
@@ -238,3 +241,30 @@ def entropy(weights: Float[np.ndarray, "K J"]) -> Float[np.ndarray, " K"]:
     weight, ln J if all J candidates have the same weight."""
     shares = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
     return -(shares * np.log(np.maximum(shares, 1e-30))).sum(-1)
+
+
+def flat_prompts(artifacts: Iterable[Artifact]) -> Float[np.ndarray, "K D"]:
+    """Returns the prompts of all runs, flattened and, if there are several sites, one after the
+    other.
+
+    Raises:
+        ValueError: prompts depend on the input, or have different lengths.
+    """
+    prompts = []
+    for artifact in artifacts:
+        if artifact.method.reads_input:
+            what = "text" if artifact.method.reads_text else "image"
+            raise ValueError(
+                f"prompts of {artifact.method.name!r} depend on the {what}, so they cannot be "
+                "compared."
+            )
+        parts = params_of_parts(artifact.method, artifact.params, artifact.runs).values()
+        plain = [plain_prompts(method, params, artifact.runs) for method, params in parts]
+        prompts += zip(*plain, strict=True)
+    lengths = sorted({sum(map(len, sites)) for sites in prompts})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"prompts have {', '.join(map(str, lengths))} positions; only prompts of the same "
+            "length can be compared."
+        )
+    return np.stack([np.concatenate([np.ravel(x) for x in sites]) for sites in prompts])

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
-import numpy as np
-
 from mpt_jax.artifacts.model_card import CONSTANT
 from mpt_jax.experiments.report import analysis, figures, page, tables
-from mpt_jax.experiments.report.analysis import BASELINE, examples, short
+from mpt_jax.experiments.report.analysis import examples, short
 from mpt_jax.experiments.report.context import INTERVALS, Content, Drawn, interval_line
 from mpt_jax.experiments.report.figures import Panel
-from mpt_jax.experiments.results import Estimate, Result
+from mpt_jax.experiments.results import Result
 
 MEAN = "mean score"
-MOST_IN_A_PANEL = 5
 
 
 def scores(content: Content) -> list[str]:
@@ -88,60 +85,6 @@ def parameters(content: Content) -> list[str]:
     return [content.figure(drawn, caption, content.styles, lines=False)] if drawn else []
 
 
-def gains(content: Content) -> list[str]:
-    """Returns a figure and tables of the gain of each method over PT on each task; [] if no method
-    has a comparable PT result."""
-    by_shots = {}
-    for shots, results in content.by_shots():
-        for label, result in results.items():
-            old = analysis.from_nothing(content.results, result)
-            if old is not None and old is not result and set(old.seeds) & set(result.seeds):
-                by_shots.setdefault(shots, {})[label] = analysis.gains(result, old)
-    if not by_shots:
-        content.absent.append(f"Transfer gain: no method was run with a comparable {BASELINE}.")
-        return []
-    ends = [
-        end
-        for by_method in by_shots.values()
-        for by_task in by_method.values()
-        for gain in by_task.values()
-        for end in ((gain.mean, gain.mean) if gain.n == 1 else (gain.low, gain.high))
-    ]
-    room = 0.04 * (max(ends) - min(ends)) + 0.5
-    limits = min(ends) - room, max(ends) + room
-    drawn, blocks = [], []
-    for shots, by_method in by_shots.items():
-        name = f"Gain over {BASELINE}, {examples(shots)}"
-        blocks += [page.heading(name), page.table(tables.gain_rows(by_method), name)]
-        # Many methods in one panel cannot be distinguished.
-        parts = [by_method]
-        if len(by_method) > MOST_IN_A_PANEL:
-            parts = [{label: gain} for label, gain in by_method.items()]
-        drawn += [_gain_panel(content, shots, part, limits) for part in parts]
-    caption = f"Difference paired by seed, on each task. {INTERVALS}"
-    return [content.figure(drawn, caption, content.styles, lines=False), *blocks]
-
-
-def _gain_panel(
-    content: Content,
-    shots: int | None,
-    by_method: Mapping[str, Mapping[str, Estimate]],
-    limits: tuple[float, float],
-) -> Drawn:
-    tasks = list(dict.fromkeys(task for gain in by_method.values() for task in gain))
-    series = []
-    for label, gain in by_method.items():
-        points = [(row, gain[task]) for row, task in enumerate(tasks) if task in gain]
-        line = interval_line(content.styles[label], points)
-        series.append(line._replace(x=line.y, y=line.x))
-    title = examples(shots)
-    alt = f"Gain over {BASELINE}, {title}, of {', '.join(by_method)}; the numbers are in a table."
-    if len(by_method) == 1:
-        title = f"{next(iter(by_method))}, {title}"
-    panel = Panel(title, f"points above {BASELINE}", "", alt, limits=limits)
-    return Drawn(figures.intervals(panel, list(map(short, tasks)), series), list(by_method))
-
-
 def examples_needed(content: Content) -> list[str]:
     """Returns a figure of mean scores by number of examples, and a table of the examples that each
     method needs to match the others; [] if no method was run at two numbers of examples."""
@@ -172,44 +115,6 @@ def examples_needed(content: Content) -> list[str]:
             page.table(tables.matching_rows(content.by_label, content.tasks), name),
         ]
     return blocks
-
-
-def affinity(content: Content) -> list[str]:
-    """Returns heat maps, sources by targets, of PT's gain from a source task's prompt; [] if PT was
-    not run from one."""
-    panels = []
-    for shots, results in content.by_shots():
-        by_label = {
-            label: (result, analysis.gains(result, old))
-            for label, result in results.items()
-            if result.start is not None
-            and (old := analysis.from_nothing(content.results, result)) is not None
-            and set(old.seeds) & set(result.seeds)
-        }
-        if not by_label:
-            continue
-        starts = [short(result.start or "") for result, _ in by_label.values()]
-        rows = starts if len(set(starts)) == len(starts) else list(by_label)
-        values = np.array(
-            [[gain[task].mean for task in content.tasks] for _, gain in by_label.values()]
-        )
-        title = examples(shots)
-        best = [
-            f"{short(task)} {rows[int(np.argmax(column))]} {column.max():+.1f}"
-            for task, column in zip(content.tasks, values.T, strict=True)
-        ]
-        alt = f"Gain by source and target, {title}. Best source: {', '.join(best)}."
-        panel = Panel(title, "target", "source", alt)
-        columns = list(map(short, content.tasks))
-        scale = max(float(np.abs(values).max()), 1.0)
-        panels.append(figures.heat_map(panel, rows, columns, values, scale, "+.1f"))
-    if not panels:
-        return []
-    caption = (
-        f"Mean gain, in points, of {BASELINE} that starts from a source task's prompt over "
-        f"{BASELINE} without a source; paired by seed."
-    )
-    return [page.figure(panels, caption, {})]
 
 
 def lengths(content: Content) -> list[str]:

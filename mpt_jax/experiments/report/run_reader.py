@@ -7,7 +7,7 @@ missing data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import msgspec
 from mpt_jax.artifacts import artifacts
 from mpt_jax.artifacts.artifacts import Artifact
 from mpt_jax.core import schema
-from mpt_jax.core.old_names import existing_folder
+from mpt_jax.core.old_names import FOLDERS, existing_folder
 from mpt_jax.experiments.results import Result, main_metric
 
 METRICS, RECORD, ARTIFACT = "metrics.jsonl", "run.jsonl", "artifact"
@@ -29,6 +29,12 @@ STUDENTS = ("mpt_source", "mpt_source_s0")
 ADVICE = "Repair the line, or remove it to write the report without it."
 
 Curve = Mapping[int, float]  # step -> value
+
+
+class ArtifactTasks(msgspec.Struct):
+    """The schema of an artifact's config.json, with only the field that `has_tasks` needs."""
+
+    task_names: schema.Names
 
 
 class Evaluated(msgspec.Struct):
@@ -62,6 +68,27 @@ def sources(root: Path) -> dict[str, Path]:
         if by_name:
             return by_name
     return {}
+
+
+def stages(root: Path) -> list[Path]:
+    """Returns the folders with an artifact directly below `root` and below its parent folder."""
+    return [
+        path.parent.parent
+        for base in (root, root.resolve().parent)
+        for name in (ARTIFACT, *(old for old, new in FOLDERS.items() if new == ARTIFACT))
+        for path in sorted(base.glob(f"*/{name}/config.json"))
+    ]
+
+
+def has_tasks(model_dir: Path, tasks: Sequence[str]) -> bool:
+    """Whether the artifact in a MODEL_DIR has a run of each task.
+
+    Raises:
+        ValueError: its config.json is damaged.
+    """
+    path = existing_folder(model_dir / ARTIFACT) / "config.json"
+    config = schema.load(path.read_bytes(), ArtifactTasks, f"{path}")
+    return set(tasks) <= set(config.task_names)
 
 
 def training(model_dir: Path, metric: str = "loss") -> list[Curve]:

@@ -148,23 +148,13 @@ def target_prompts(content: Content) -> list[str]:
 
 
 def _plain(content: Content, title: str, artifacts: Iterable[Artifact]) -> np.ndarray | None:
-    """Returns the prompts of artifacts [K, P, H]. If they cannot be compared, adds a note to the
-    report and returns None."""
-    if texts := [artifact for artifact in artifacts if artifact.method.reads_text]:
-        content.absent.append(
-            f"Similarity of prompts, {title}: prompts of {texts[0].method.name!r} depend on the "
-            "text, so they cannot be compared."
-        )
+    """Returns the flattened prompts of artifacts [K, D]. If they cannot be compared, adds a note to
+    the report and returns None."""
+    try:
+        return analysis.flat_prompts(artifacts)
+    except ValueError as error:
+        content.absent.append(f"Similarity of prompts, {title}: {error}")
         return None
-    prompts = [prompt for artifact in artifacts for prompt in artifact.plain()]
-    lengths = sorted({len(prompt) for prompt in prompts})
-    if len(lengths) > 1:
-        content.absent.append(
-            f"Similarity of prompts, {title}: prompts have {', '.join(map(str, lengths))} "
-            "positions; only prompts of the same length can be compared."
-        )
-        return None
-    return np.stack(prompts)
 
 
 def _similarity(title: str, prompts: np.ndarray, tasks: Iterable[str]) -> str:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mpt_jax.experiments.report import mixture_sections, page, result_sections, run_sections, tables
+from mpt_jax.experiments.report import (
+    gain_sections,
+    mixture_sections,
+    page,
+    result_sections,
+    run_sections,
+    tables,
+    transfer_sections,
+)
 from mpt_jax.experiments.report.context import Content, content
 from mpt_jax.experiments.report.page import Section
 from mpt_jax.experiments.results import Result
@@ -54,9 +62,10 @@ def sections(given: Content) -> list[Section]:
             mixture_sections.weights(given) + mixture_sections.entropies(given),
         ),
         Section("Score and trained parameters", result_sections.parameters(given)),
-        Section("Transfer gain", result_sections.gains(given)),
+        Section("Zero-shot and tuned", gain_sections.over_zero_shot(given)),
+        Section("Transfer gain", gain_sections.over_baseline(given)),
         Section("Examples needed", result_sections.examples_needed(given)),
-        Section("From source to target", result_sections.affinity(given)),
+        Section("From source to target", transfer_sections.affinity(given)),
         Section(
             "Prompt length and model size",
             result_sections.lengths(given) + result_sections.sizes(given),
