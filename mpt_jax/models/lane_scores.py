@@ -56,7 +56,7 @@ class LaneScores:
         variables = tower_variables(params, "image_encoder")
         encode: Any = self.module.apply
         _, hidden = encode(variables, batch["image"], None, True, method="encode_image")
-        lanes = self._lanes_of_layers(params, key)
+        lanes = self.lanes_of_layers(params, key)
         if not every:
             own = lambda x: gather_rows(x, batch["task_ids"])[:, None]  # noqa: E731
             lanes = jax.tree.map(own, lanes)
@@ -74,7 +74,7 @@ class LaneScores:
         features = jax.vmap(of_image, (0, None if every else 0))(hidden[:-1], lanes)
         return normalized(features) if self.normalize else features
 
-    def _lanes_of_layers(self, params: Params, key: Key | None) -> list[lane_pass.LayerLanes]:
+    def lanes_of_layers(self, params: Params, key: Key | None) -> list[lane_pass.LayerLanes]:
         """Returns what the lanes of all bank rows bring to each layer."""
         prompt, config = self.prompt, self.module.config
         rows = jnp.arange(self.runs.num_rows)

@@ -89,8 +89,50 @@ def lane_features(
         merged_tokens: if positive, summaries are the patches merged to this number, and lanes have
             no selectors.
     """
+    x, _ = _run_layers(params, config, patches, lanes, drop_and_replace, merged_tokens)
+    features = _norm(config, params["output_norm"], x[:, 0], jnp.float32)
+    if config.joint_dim is not None:
+        features = jnp.dot(features, jnp.asarray(params["projection"]["kernel"], jnp.float32))
+    return features
+
+
+def lane_attention(
+    params: Params,
+    config: CLIPConfig,
+    patches: tuple[Float[Array, "I H"], ...],
+    lanes: list[LayerLanes],
+    drop_and_replace: bool = True,
+) -> Float[Array, "J layers I"]:
+    """Returns how far the class token of each lane attends to each token of one image, in each
+    layer, through the summaries of its selectors.
+
+    The value of token i is the sum over summaries a of two weights: that of summary a in the
+    attention of the class token, as the mean over heads, and that of token i in summary a, the
+    softmax over tokens of its selector. Token 0 is the image's own class token. The values of a
+    layer sum to the attention on summaries; the rest of 1 is on the lane's class token and keys.
+
+    Without `drop_and_replace`, layers after the first attend to summaries that earlier layers have
+    changed. They count with the weights of the first layer, from which they descend.
+
+    Arguments are those of `lane_features`. Every lane has selectors.
+    """
+    _, found = _run_layers(params, config, patches, lanes, drop_and_replace, 0)
+    return jnp.stack(found, 1)
+
+
+def _run_layers(
+    params: Params,
+    config: CLIPConfig,
+    patches: tuple[Float[Array, "I H"], ...],
+    lanes: list[LayerLanes],
+    drop_and_replace: bool,
+    merged_tokens: int,
+) -> tuple[Float[Array, "J Q H"], list[Float[Array, "J I"]]]:
+    """Returns the output of the last layer, whose first token is the class token, and the
+    `lane_attention` of each layer; [] without selectors."""
     stack, count = layers_of(params, config), _count(lanes)
     x = jnp.tile(class_token(params, config), (count, 1, 1))
+    weights, attention = None, []
     for i, (own, lane) in enumerate(zip(stack, lanes, strict=True)):
         norm = functools.partial(_norm, config, own["pre_attention_layer_norm"])
         keep = drop_and_replace or i == config.image.num_layers - 1
@@ -100,17 +142,18 @@ def lane_features(
             merged = merge_tokens(jax.lax.stop_gradient(norm(patches[i])[1:]), merged_tokens)
             summaries = jnp.tile(merged.astype(normed.dtype), (count, 1, 1))
         elif lane.selectors is not None:
-            summaries = _summaries(lane.selectors, norm(patches[i]))
+            summaries, weights = _summaries(lane.selectors, norm(patches[i]))
         if summaries is not None:
             normed = jnp.concatenate([normed, summaries], 1)
             x = x if keep else jnp.concatenate([x, summaries], 1)
         queries = normed[:, : 1 if keep else None]
-        x = x[:, : queries.shape[1]] + _attend(config, own["attention"], queries, normed, lane)
+        output, attended = _attend(config, own["attention"], queries, normed, lane)
+        if weights is not None:
+            on_summaries = attended[:, :, 0, -weights.shape[1] :].mean(1)
+            attention.append(jnp.einsum("ja,jai->ji", on_summaries, weights))
+        x = x[:, : queries.shape[1]] + output
         x = _feed_forward(config, own, x)
-    features = _norm(config, params["output_norm"], x[:, 0], jnp.float32)
-    if config.joint_dim is not None:
-        features = jnp.dot(features, jnp.asarray(params["projection"]["kernel"], jnp.float32))
-    return features
+    return x, attention
 
 
 def _count(lanes: list[LayerLanes]) -> int:
@@ -120,11 +163,12 @@ def _count(lanes: list[LayerLanes]) -> int:
 
 def _summaries(
     selectors: Float[Array, "J A H"], patches: Float[Array, "I H"]
-) -> Float[Array, "J A H"]:
+) -> tuple[Float[Array, "J A H"], Float[Array, "J A I"]]:
+    """Returns the summaries, and the weight of each token in them."""
     patches = jax.lax.stop_gradient(patches)
     scores = jnp.einsum("jah,ih->jai", selectors, patches).astype(jnp.float32)
     weights = jax.nn.softmax(scores * selectors.shape[-1] ** -0.5)
-    return jnp.einsum("jai,ih->jah", weights.astype(patches.dtype), patches)
+    return jnp.einsum("jai,ih->jah", weights.astype(patches.dtype), patches), weights
 
 
 def _attend(
@@ -133,9 +177,9 @@ def _attend(
     queries: Float[Array, "J Q H"],
     tokens: Float[Array, "J M H"],
     lane: LayerLanes,
-) -> Float[Array, "J Q H"]:
+) -> tuple[Float[Array, "J Q H"], Float[Array, "J N Q K"]]:
     """Returns the output of a layer's attention at `queries`, over the keys and values of the lane
-    and the tokens."""
+    and the tokens, and the weights of these, float32."""
     tower = config.image
     heads = lambda x: x.reshape(*x.shape[:-1], tower.num_heads, tower.head_dim)  # noqa: E731
     dense = lambda name, x: _dense(config, params[name], x)  # noqa: E731
@@ -145,9 +189,9 @@ def _attend(
         key = jnp.concatenate([heads(lane.keys).astype(key.dtype), key], 1)
         value = jnp.concatenate([heads(lane.values).astype(value.dtype), value], 1)
     scores = jnp.einsum("jqnd,jknd->jnqk", query, key).astype(jnp.float32)
-    weights = jax.nn.softmax(scores).astype(config.dtype)
-    context = jnp.einsum("jnqk,jknd->jqnd", weights, value)
-    return dense("out", context.reshape(queries.shape))
+    weights = jax.nn.softmax(scores)
+    context = jnp.einsum("jnqk,jknd->jqnd", weights.astype(config.dtype), value)
+    return dense("out", context.reshape(queries.shape)), weights
 
 
 def _feed_forward(config: CLIPConfig, params: Params, x: Array) -> Array:
