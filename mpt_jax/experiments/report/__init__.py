@@ -13,6 +13,8 @@ transfer_sections.py  sections about transfer from single sources
 run_sections.py       sections read from run folders: curves, prompts, provenance
 single_run.py         the page of one MODEL_DIR
 confusion.py          confusion matrices of image tasks
+lane_job.py           sample images of a job with lanes, and the attention of the lanes
+lane_pictures.py      pictures of the attention of lanes
 mixture_sections.py   sections about the weights of mixed prompts
 sections.py           order of the sections; writes the page
 """

@@ -2,12 +2,15 @@
 
 mpt-jax report runs/demo
 mpt-jax report runs/mpt_target
+mpt-jax report runs/multilane_4 --images 6
 mpt-jax report runs/paper/toy/table3 --reference PT --out table3.html
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,11 +34,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=tables.REFERENCE,
         help="method that the others are subtracted from (%(default)s)",
     )
+    parser.add_argument(
+        "--images",
+        metavar="N",
+        type=int,
+        default=0,
+        help="also show the attention of lanes (gin/multilane.gin) on N images of a MODEL_DIR; "
+        "reads the backbone and the data that its config.gin names",
+    )
     args = parser.parse_args(argv)
     try:
+        if args.images and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # of modules that register the user's tasks
         if not (args.folder / results.FILE).exists() and single_run.is_run(args.folder):
-            print(single_run.write(args.folder, args.out or args.folder / sections.FILE))
+            out = args.out or args.folder / sections.FILE
+            print(single_run.write(args.folder, out, args.images))
             return
+        if args.images:
+            raise ValueError(
+                f"--images shows the lanes of one run, but {args.folder} is no MODEL_DIR of a job. "
+                "Pass a MODEL_DIR, or omit --images."
+            )
         loaded, majority = load(args.folder), results.load_majority(args.folder)
         print(sections.write(args.folder, loaded, args.out, args.reference, majority))
     except (ValueError, OSError) as error:

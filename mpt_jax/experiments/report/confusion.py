@@ -165,10 +165,8 @@ def _classes(model_dir: Path) -> tuple[dict[str, list[str]], str]:
     known, or if the job is of texts."""
     artifact = run_reader.artifact(model_dir)
     if artifact is None:
-        records = run_reader.records(model_dir)
-        is_of_images = any("image_transform_sha256" in record for record in records)
         unnamed = f"{model_dir} has no artifact, which names the classes."
-        return {}, unnamed if is_of_images else ""
+        return {}, unnamed if run_reader.is_of_images(model_dir) else ""
     tasks = (artifact.config.get("images") or {}).get("tasks", {})
     return {
         run: tasks[task]["names"]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -198,6 +198,32 @@ def heat_map(
 
     margin = 8 * max(len(name) for name in [*rows, *columns]) + 50
     return _svg(margin + 42 * len(columns), margin + 30 * len(rows), draw, panel)
+
+
+def pictures(
+    panel: Panel, rows: Sequence[str], columns: Sequence[str], cells: UInt8[np.ndarray, "R C S S 3"]
+) -> str:
+    """Returns the SVG of a grid of square pictures of S pixels, which it contains as one PNG."""
+    size, gap = cells.shape[2], 4
+    step = size + gap
+    grid = np.zeros((len(rows) * step - gap, len(columns) * step - gap, 4), np.uint8)
+    for i, j in np.ndindex(len(rows), len(columns)):
+        grid[i * step : i * step + size, j * step : j * step + size, :3] = cells[i, j]
+        grid[i * step : i * step + size, j * step : j * step + size, 3] = 255  # gaps show the page
+
+    def draw(axes: Axes) -> None:
+        axes.grid(False)
+        axes.imshow(grid, interpolation="none")
+        axes.set_xticks([j * step + size / 2 for j in range(len(columns))], columns)
+        axes.set_yticks([i * step + size / 2 for i in range(len(rows))], rows)
+        axes.xaxis.tick_top()
+        axes.set(xlabel=panel.x, ylabel=panel.y)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    margin = 8 * max(map(len, rows)) + 40
+    return _svg(margin + grid.shape[1], 70 + grid.shape[0], draw, panel)
 
 
 def swatch(style: Style, connected: bool = True) -> str:

@@ -156,6 +156,11 @@ def records(model_dir: Path) -> list[Mapping[str, Any]]:
     return [line for _, line in lines(model_dir / RECORD)]
 
 
+def is_of_images(model_dir: Path) -> bool:
+    """Whether the records in run.jsonl are those of a job for images."""
+    return any("image_transform_sha256" in record for record in records(model_dir))
+
+
 def _metrics(path: Path, kind: type[Evaluated]) -> Iterator[dict[str, Any]]:
     """Yields the lines of a file of metrics: the fields of `kind`, and numbers.
 

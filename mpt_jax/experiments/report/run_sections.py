@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from mpt_jax.experiments.report.analysis import examples, short
 from mpt_jax.experiments.report.context import Content, Drawn
 from mpt_jax.experiments.report.figures import Line, Panel, Style
 
-LOSS = "cross entropy, nats per token"
+LOSS = "cross entropy, nats"
 # Name in the report -> key in run.jsonl.
 FACTS = {
     "MPT-JAX": "mpt_jax",
@@ -37,7 +38,8 @@ def losses(content: Content) -> list[str]:
         name: Style(figures.SERIES.format(i + 1), figures.MARKERS[i], figures.DASHES[i])
         for i, name in enumerate(stages)
     }
-    drawn = curve_panels(stages, "source stages", LOSS, looks, "y")
+    unit = loss_unit(run_reader.sources(content.root).values())
+    drawn = curve_panels(stages, "source stages", unit, looks, "y")
     blocks = [content.figure(drawn, "Training loss of the source stages.", looks)] if drawn else []
     drawn, looks = [], content.styles
     for shots, results in content.by_shots():
@@ -46,9 +48,18 @@ def losses(content: Content) -> list[str]:
             for label, result in results.items()
         }
         content.say_absent(f"Loss, {examples(shots)}", runs, "no metrics.jsonl among its runs")
-        drawn += curve_panels(runs, examples(shots), LOSS, looks, "y")
+        unit = loss_unit(path for result in results.values() for path in content.folders(result))
+        drawn += curve_panels(runs, examples(shots), unit, looks, "y")
     caption = "Training loss on target tasks; each run (task, seed) of a method counts the same."
     return [*blocks, content.figure(drawn, caption, looks)] if drawn else blocks
+
+
+def loss_unit(model_dirs: Iterable[Path]) -> str:
+    """Returns the axis label of the loss of some jobs, which is per token for texts and per image
+    for images."""
+    of_images = {run_reader.is_of_images(path) for path in model_dirs}
+    units = ["token"] * (False in of_images) + ["image"] * (True in of_images)
+    return f"{LOSS} per {' or '.join(units)}"
 
 
 def scores_by_step(content: Content) -> list[str]:

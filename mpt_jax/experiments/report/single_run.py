@@ -1,4 +1,4 @@
-"""Report of one MODEL_DIR: scores by step, confusion matrices, loss curves and the settings."""
+"""Report of one MODEL_DIR: scores, confusion matrices, attention of lanes, losses, settings."""
 
 from __future__ import annotations
 
@@ -20,16 +20,24 @@ def is_run(folder: Path) -> bool:
     return (folder / run_reader.RECORD).is_file() or (folder / run_reader.METRICS).is_file()
 
 
-def write(model_dir: Path, out: Path) -> Path:
+def write(model_dir: Path, out: Path, images: int = 0) -> Path:
     """Writes the report of a MODEL_DIR and returns its path.
 
+    Args:
+        model_dir: The MODEL_DIR.
+        out: The output file.
+        images: The number of images to show with the attention of lanes; with 0, no backbone and
+            no data are read.
+
     Raises:
-        ValueError: a file of the folder is damaged.
+        ValueError: a file of the folder is damaged, or the images cannot be shown
+            (`lane_job.seen_images`).
     """
     notes: list[str] = []
     sections = {
         "Scores": _scores(model_dir),
         "Confusion matrices": confusion.of_model_dir(model_dir, notes),
+        "Attention of lanes": _pictures(model_dir, images) if images else [],
         "Loss": _losses(model_dir),
         "Settings": _settings(model_dir),
     }
@@ -42,6 +50,18 @@ def write(model_dir: Path, out: Path) -> Path:
     title = f"Run: {model_dir.resolve().name}"
     out.write_text(page.document(title, shown), encoding="utf-8")
     return out
+
+
+def _pictures(model_dir: Path, images: int) -> list[str]:
+    """Returns pictures of the attention of lanes; errors are ValueErrors without gin's notes."""
+    # They import TensorFlow, which takes seconds and only this section needs.
+    from mpt_jax.config import gin_utils
+    from mpt_jax.experiments.report import lane_pictures
+
+    try:
+        return lane_pictures.sections(model_dir, images)
+    except (ValueError, OSError) as error:
+        raise ValueError(gin_utils.message(error)) from error
 
 
 def _scores(model_dir: Path) -> list[str]:
@@ -75,7 +95,8 @@ def _losses(model_dir: Path) -> list[str]:
         for name, curve in run_reader.curves(model_dir).items()
         if curve
     }
-    return [_figure(curves, "Training loss by step", run_sections.LOSS, "y")] if curves else []
+    unit = run_sections.loss_unit([model_dir])
+    return [_figure(curves, "Training loss by step", unit, "y")] if curves else []
 
 
 def _figure(curves: Mapping[str, run_reader.Curve], title: str, y: str, log: str) -> str:
