@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 
@@ -254,6 +255,8 @@ def test_zero_shot_of_another_backbone_is_not_compared(tmp_path):
         result("CoOp", 4, size=2000, rte=[71.0]),
         result("VPT", 4, size=5000, rte=[71.0]),
     ]
+    unknown = dataclasses.replace(found[0], backbone_parameters=0, parameters=0.0)
+    assert "<td>+21.0</td>" in page_of(tmp_path, [unknown, found[2]])
     html = page_of(tmp_path, found)
     assert "<h3>Gain over zero-shot, 2,000, k = 4</h3>" in html
     assert "<td>+1.0</td>" in html and "of VPT" not in html
@@ -265,6 +268,6 @@ def test_zero_shot_without_common_tasks_is_noted(tmp_path):
         result("zero-shot", None, rte=[50.0, 50.0], cb=[1.0, 1.0]),
         result("CoOp", 4, rte=[71.0, 72.0]),
     ]
-    seeds = [found[0], found[1].__class__(**{**vars(found[1]), "seeds": (7, 8)})]
+    seeds = [found[0], dataclasses.replace(found[1], seeds=(7, 8))]
     html = page_of(tmp_path, seeds)
     assert "Gain of CoOp over zero-shot, k = 4: the two have no task and seed in common." in html

@@ -260,6 +260,8 @@ def flat_prompts(artifacts: Iterable[Artifact]) -> Float[np.ndarray, "K D"]:
             )
         parts = params_of_parts(artifact.method, artifact.params, artifact.runs).values()
         plain = [plain_prompts(method, params, artifact.runs) for method, params in parts]
+        if not plain:
+            raise ValueError(f"the method {artifact.method.name!r} has no prompts.")
         prompts += zip(*plain, strict=True)
     lengths = sorted({sum(map(len, sites)) for sites in prompts})
     if len(lengths) > 1:

@@ -80,11 +80,13 @@ def over_zero_shot(content: Content) -> list[str]:
 
 
 def _zero_shot(content: Content, like: Result) -> Result | None:
-    """Returns the zero-shot result on a backbone of the same size, preferably with the same number
-    of examples, which zero-shot does not use; a zero-shot result itself; or None."""
+    """Returns the zero-shot result on a backbone of the same size, if sizes are known, and
+    preferably with the same number of examples, which zero-shot does not use; a zero-shot result
+    itself; or None."""
     found = [result for result in content.results if result.method.lower() == ZERO_SHOT]
-    size = analysis.model_size
-    close = [result for result in found if math.isclose(size(result), size(like), rel_tol=0.1)]
+    # Evaluations without training record no size.
+    size, own = analysis.model_size, analysis.model_size(like)
+    close = [x for x in found if not size(x) or math.isclose(size(x), own, rel_tol=0.1)]
     same = [result for result in close if result.shots == like.shots]
     return like if like in found else next(iter([*same, *close]), None)
 
