@@ -88,6 +88,7 @@ def from_task(task: str) -> tuple[Variant, ...]:
                 of_targets=True,
             ),
             start=task,
+            rate=single.rate,
         )
         for single in SINGLE
     )
