@@ -14,6 +14,7 @@ import pytest
 from scipy import stats
 
 from mpt_jax.config import gin_utils, trainer_choice
+from mpt_jax.experiments import demo, image_demo, results
 from mpt_jax.experiments.paper import __main__ as command
 from mpt_jax.experiments.paper import (
     format,
@@ -249,22 +250,24 @@ def test_format_text_shows_the_harmonic_mean_of_each_seed():
 # --- running ---------------------------------------------------------------------------------
 
 
+SHORT = dataclasses.replace(
+    TOY,
+    source_steps=2,
+    sequence_steps=2,
+    length=lambda task, variant, shots: image_suites.Length(steps=2, rows=4, epoch=1),
+)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Makes all stages of the toy suite a few steps long."""
-    short = dataclasses.replace(
-        TOY,
-        source_steps=2,
-        sequence_steps=2,
-        length=lambda task, variant, shots: image_suites.Length(steps=2, rows=4, epoch=1),
-    )
 
     def use(name: str, *names: str, **changes):
         table = tables.get_table(name)
         kept = tuple(x for x in table.on(TOY).variants if x.name in names)
         toy = {**table.toy, "variants": kept, **changes}
         monkeypatch.setitem(
-            tables.TABLES, name, dataclasses.replace(table, toy=toy, suites={"toy": short})
+            tables.TABLES, name, dataclasses.replace(table, toy=toy, suites={"toy": SHORT})
         )
 
     return use
@@ -292,3 +295,26 @@ def test_table_runs_and_prints_its_rows(name, rows, changes, small, tmp_path, ca
         assert any(line.startswith(row) for line in text.splitlines())
     command.main([*arguments, "--print"])
     assert not capsys.readouterr().out.strip(), "finished stages are not run again"
+
+
+def test_demo_runs_rows_of_the_table_on_fewer_tasks():
+    chosen = image_demo.table()
+    assert [x.name for x in chosen.variants] == ["zero-shot", "CoOp", "VPT", "MVPT"]
+    assert set(chosen.tasks) < set(image_suites.TOY_TARGETS) and chosen.seeds == 3
+    cells = command.cells_of(chosen, TOY, ROOT / "no such folder")
+    assert json.loads(given(cells[-1].sources[0])["SEEDS"]) == list(range(1, 10))
+
+
+@pytest.mark.slow
+def test_demo_prints_its_table_and_writes_its_report(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(image_demo.image_suites, "TOY_IMAGES", SHORT)
+    monkeypatch.setattr(image_demo, "SEEDS", 1)
+    monkeypatch.setattr(image_demo, "TARGETS", ("toy_digits",))
+    demo.main(["--vision", "--root", str(tmp_path / "demo")])
+    text = capsys.readouterr().out
+    assert "not run" not in text and "MVPT" in text and "tiny_clip" in text
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "Zero-shot and tuned" in page
+    assert {x.method for x in results.load(tmp_path / "demo")} == {
+        *("zero-shot", "CoOp", "VPT", "MVPT"),
+    }
