@@ -12,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -70,12 +71,24 @@ class Classes(msgspec.Struct):
     multi_label: bool
 
 
+class Head(msgspec.Struct, forbid_unknown_fields=True):
+    """The schema of how heads beside lanes read features (`classifier.PromptedClassifier`)."""
+
+    normalize: bool
+    temperature: Annotated[float, msgspec.Meta(gt=0)]
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature):
+            raise ValueError("temperature is not finite")
+
+
 class ImageInputs(msgspec.Struct):
     """The schema of what says how images and class texts are made (`Model.input_settings`)."""
 
     transform: ImageTransform
     context_position: Literal["end", "middle", "front"]
     tasks: dict[str, Classes]
+    head: Head | None = None
 
 
 class ImageTransform(msgspec.Struct):

@@ -151,6 +151,12 @@ class PromptedClassifier(LaneScores, PromptedDualEncoder):
         return LANE in self.prompt.parts
 
     @property
+    def input_settings(self) -> dict[str, Any]:
+        """The image transform, the classes of every task, and how heads read features."""
+        head = {"normalize": self.normalize, "temperature": self.temperature}
+        return {**super().input_settings, "head": head}
+
+    @property
     def training_settings(self) -> dict[str, Any]:
         """The settings of the augmentation, and those of the head."""
         augmentation = self.augmentation and self.augmentation.config()

@@ -105,3 +105,10 @@ class LaneScores:
         product = jnp.einsum("bku,kcu->bkc", features, kernel, precision=FLOAT32)
         logits = ((product + bias[None]) / self.temperature)[:, row, number]
         return jnp.where(self.bank.competes(batch["task_ids"]), logits, -jnp.inf)
+
+    def score_seen_batch(self, params: Params, batch: Batch) -> Float[Array, "B N"]:
+        """Returns the log probability of each of the `seen_logits`, in nats. Classes of all lanes
+        of a sequence compete; those of multi-label tasks have separate probabilities."""
+        logits = self.seen_logits(params, batch)
+        multi = jnp.asarray(self.bank.is_multi_label)[batch["task_ids"]][:, None]
+        return jnp.where(multi, jax.nn.log_sigmoid(logits), jax.nn.log_softmax(logits))

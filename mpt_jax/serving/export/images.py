@@ -1,13 +1,14 @@
 """Export of the scores of images, lowered by `jax.export` for several platforms at once.
 
 The features of all classes are computed here and are arguments of the function, so the text encoder
-is not part of the export.
+is not part of the export. With lanes, a second function scores the classes of all lanes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,23 @@ import mpt_jax
 from mpt_jax.core import schema
 from mpt_jax.core.tree import unflatten
 from mpt_jax.models.class_scores import FEATURES
+from mpt_jax.models.classifier import PromptedClassifier
 from mpt_jax.prompts.sites import IMAGE
 from mpt_jax.runtime.files import new_folder
-from mpt_jax.serving.export.loading import BACKBONE, CONFIG, FORMAT, IMAGES, PROMPTS, SCORE, SEAL
+from mpt_jax.serving.export.loading import (
+    BACKBONE,
+    CONFIG,
+    FORMAT,
+    IMAGES,
+    PROMPTS,
+    SCORE,
+    SCORE_SEEN,
+    SEAL,
+    SEEN,
+)
 from mpt_jax.serving.export.writing import README, WITHOUT_WEIGHTS, Settings, check_new, flat
 from mpt_jax.serving.predict.image_server import ImageServer
+from mpt_jax.serving.predict.lane_artifacts import seen_classes
 
 CLASSES = "class_features"
 
@@ -51,9 +64,13 @@ def write_images(folder: Path, server: ImageServer, settings: Settings) -> dict[
         tokens = {IMAGE: prompts[IMAGE]} if IMAGE in prompts else {}
         prompts = {**tokens, CLASSES: params[FEATURES]["table"]}
     arguments = {"backbone": flat(backbone), "prompts": flat(prompts)}
-    lowered = _lowered(server, arguments, settings)
+    functions: dict[str, Any] = {SCORE: server.model.score_batch}
+    if isinstance(server.model, PromptedClassifier):
+        functions[SCORE_SEEN] = server.model.score_seen_batch
     weights = save(arguments["backbone"])
-    files = {PROMPTS: save(arguments["prompts"]), SCORE: bytes(lowered.serialize())}
+    files = {PROMPTS: save(arguments["prompts"])}
+    for name, score in functions.items():
+        files[name] = bytes(_lowered(score, server, arguments, settings).serialize())
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     tasks = server.inputs.tasks
     record = {
@@ -67,6 +84,7 @@ def write_images(folder: Path, server: ImageServer, settings: Settings) -> dict[
             "multi_label": [
                 name for name, task in zip(server.names, tasks, strict=True) if task.multi_label
             ],
+            **_seen(server),
         },
         "platforms": list(settings.platforms),
         **server.digests,
@@ -82,8 +100,22 @@ def write_images(folder: Path, server: ImageServer, settings: Settings) -> dict[
     return record
 
 
-def _lowered(server: ImageServer, arguments: dict[str, Any], settings: Settings) -> export.Exported:
-    """Returns the score function, lowered for any number of images."""
+def _seen(server: ImageServer) -> dict[str, Any]:
+    """Returns the sequence of each lane, and the lane and name of each class that `SCORE_SEEN`
+    scores; nothing without lanes."""
+    if not isinstance(server.model, PromptedClassifier):
+        return {}
+    classes = [[server.names[row], name] for row, name in seen_classes(server.model)]
+    return {SEEN: {"sequence": list(server.model.runs.group_of_row), "classes": classes}}
+
+
+def _lowered(
+    function: Callable[..., Any],
+    server: ImageServer,
+    arguments: dict[str, Any],
+    settings: Settings,
+) -> export.Exported:
+    """Returns a score function, lowered for any number of images."""
     size = server.inputs.transform["size"]
 
     def score(backbone, prompts, images, rows):
@@ -91,7 +123,7 @@ def _lowered(server: ImageServer, arguments: dict[str, Any], settings: Settings)
         params = {**unflatten(backbone), "prompt": unflatten(sites)}
         if CLASSES in prompts:
             params[FEATURES] = {"table": prompts[CLASSES]}
-        return server.model.score_batch(params, {"image": images, "task_ids": rows})
+        return function(params, {"image": images, "task_ids": rows})
 
     (batch,) = export.symbolic_shape("b", constraints=["b >= 1"])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
@@ -107,16 +139,22 @@ def _readme(config: dict[str, Any], weights: bool) -> str:
     """Returns the README of an exported folder, which explains how to call the function."""
     transform, tasks = config[IMAGES]["transform"], len(config["names"])
     size = transform["size"]
-    return f"""# A CLIP with prompts of {tasks} tasks, exported by MPT-JAX
+    lanes = SEEN in config[IMAGES]
+    title = "An image encoder with lanes" if lanes else "A CLIP with prompts"
+    contents = "the lanes and heads"
+    if not lanes:
+        contents = f"the features of all classes (`{CLASSES}`), and the image tokens, if any"
+    return f"""# {title} of {tasks} tasks, exported by MPT-JAX
 
-StableHLO of one function for {", ".join(config["platforms"])}, as `jax.export` writes it. It needs
-only JAX and safetensors, not MPT-JAX.
+StableHLO of {"two functions" if lanes else "one function"} for {", ".join(config["platforms"])}, as
+`jax.export` writes it. It needs only JAX and safetensors, not MPT-JAX.
 
 | file | what |
 |---|---|
 | `{SCORE}` | the log probability of every class of an image's task, in nats |
+{_SEEN_ROW if lanes else ""}\
 | `{BACKBONE}` | the weights of the image encoder |
-| `{PROMPTS}` | the features of all classes (`{CLASSES}`), and the image tokens, if any |
+| `{PROMPTS}` | {contents} |
 | `{CONFIG}` | names of tasks and classes, the image transform; sha256 of all files |
 {"" if weights else WITHOUT_WEIGHTS}
 A call takes any number of images, uint8 [b, {size}, {size}, 3], each with the row of its task.
@@ -124,7 +162,7 @@ Row k is the task `names[k]`, and column c of its scores is the class
 `{IMAGES}.classes[names[k]][c]`; other columns are minus infinity. Images are resized as
 `{IMAGES}.transform` says ({transform["mode"]}, bicubic with antialiasing, as Pillow does). The
 function does not check rows; `mpt_jax.serving.export.load` does.
-
+{_SEEN_README if lanes else ""}
 ```python
 import json
 
@@ -142,4 +180,12 @@ images = np.zeros((2, {size}, {size}, 3), np.uint8)
 rows = np.array([0, {tasks - 1}], np.int32)
 scores = score(backbone, prompts, images, rows)
 ```
+"""
+
+
+_SEEN_ROW = f"| `{SCORE_SEEN}` | the same of every class of all lanes, see below |\n"
+_SEEN_README = f"""
+`{SCORE_SEEN}` has the same arguments, and takes the row of any lane of a sequence. Column c of its
+scores is the class `{IMAGES}.{SEEN}.classes[c]`, a pair of a lane and a class. Columns of lanes of
+another sequence (`{IMAGES}.{SEEN}.sequence`, a number for each row) are minus infinity.
 """

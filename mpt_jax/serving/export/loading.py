@@ -22,6 +22,8 @@ PROMPTS = "prompts.safetensors"
 FORMAT = 1
 IMAGES = "images"  # field of config.json of an export that scores images
 SCORE = "score.jax"  # its function
+SEEN = "seen"  # field of `IMAGES` of an export with lanes
+SCORE_SEEN = "score_seen.jax"  # its second function
 SEAL = "config_sha256"  # the digest of the other fields of config.json
 MOST_NAMED = 20  # names that an error lists; it only counts the others
 # The dtypes that are written. safetensors' reader of bytes, unlike that of files, has no bfloat16.
@@ -72,8 +74,11 @@ class Exported:
         self.backbone = self._arrays(Path(backbone or self.folder / BACKBONE), BACKBONE)
         self.prompts = self._arrays(self.folder / PROMPTS, PROMPTS)
         self._score_images, functions = None, self.config.get("functions", {})
+        self._score_seen = None
         if IMAGES in self.config:
             self._score_images, functions = jax.jit(self._function(SCORE).call), {}
+            if SEEN in self.config[IMAGES]:
+                self._score_seen = jax.jit(self._function(SCORE_SEEN).call)
         self._functions = {
             (name, int(length)): jax.jit(self._function(file).call)
             for name, files in functions.items()
@@ -128,6 +133,25 @@ class Exported:
         """
         if self._score_images is None:
             raise ValueError(f"{self.folder} is an export of texts. Call predict or score.")
+        return self._call_of_images(self._score_images, images, rows)
+
+    def score_seen(self, images: np.ndarray, rows: Sequence[int]) -> Any:
+        """Returns the log probability [B, N] of the classes of all lanes in each image's sequence,
+        in nats; minus infinity at those of other sequences. Column c is the class
+        `config['images']['seen']['classes'][c]`, a pair of a lane and a class.
+
+        Args:
+            images: as in `score_images`.
+            rows: the row of any lane of each image's sequence (see `row`).
+
+        Raises:
+            ValueError: the export has no lanes, a row does not exist, or images have another shape.
+        """
+        if self._score_seen is None:
+            raise ValueError(f"{self.folder} has no lanes. Export artifacts of MULTI-LANE.")
+        return self._call_of_images(self._score_seen, images, rows)
+
+    def _call_of_images(self, function: Any, images: np.ndarray, rows: Sequence[int]) -> Any:
         self._check_rows(rows)
         size = self.config[IMAGES]["transform"]["size"]
         if images.dtype != np.uint8 or images.shape != (len(rows), size, size, 3):
@@ -136,7 +160,7 @@ class Exported:
                 f"{images.dtype} {list(images.shape)}. Resize them as config.json says."
             )
         numbers = np.asarray(rows, np.int32)
-        return self._score_images(self.backbone, self.prompts, images, numbers)
+        return function(self.backbone, self.prompts, images, numbers)
 
     def _check_of_texts(self) -> None:
         if self._score_images is not None:
@@ -267,10 +291,12 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
         "files_sha256": is_digests and set(named) <= set(digests),
     }
     if IMAGES in config:
+        images = config[IMAGES]
+        scores = {SCORE, SCORE_SEEN} if isinstance(images, dict) and SEEN in images else {SCORE}
         checks = {
             "names": is_names,
-            IMAGES: _is_images(config[IMAGES]),
-            "files_sha256": is_digests and SCORE in digests,
+            IMAGES: _is_images(images),
+            "files_sha256": is_digests and scores <= set(digests),
         }
     for field, valid in checks.items():
         if not valid:

@@ -22,6 +22,7 @@ from mpt_jax.core.shapes import Params
 from mpt_jax.models.class_texts import ClassTexts, TaskClasses, class_texts
 from mpt_jax.prompts.base import PromptMethod, params_of_parts
 from mpt_jax.prompts.heads import Heads
+from mpt_jax.prompts.lanes import LANE
 from mpt_jax.prompts.materialize import materialize
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
@@ -39,22 +40,24 @@ class Inputs:
         transform: the settings of the image transform.
         position: the position of class names (`class_texts`).
         tasks: the classes of each row's task.
+        head: the settings of heads beside lanes; None without lanes.
     """
 
     transform: dict[str, Any]
     position: str
     tasks: tuple[TaskClasses, ...]
+    head: dict[str, Any] | None = None
 
 
 def refuse_heads(found: Sequence[Artifact]) -> None:
-    """Raises ValueError if an artifact has heads, which do not compare images with class texts."""
+    """Raises ValueError if an artifact has heads without lanes."""
     for artifact in found:
-        if isinstance(artifact.method, Heads):
+        if isinstance(artifact.method, Heads) and LANE not in artifact.method.parts:
             kind = artifact.method.name
             raise ValueError(
-                f"The artifact {artifact.path} has heads (method {kind!r}), which this server "
-                "cannot run. Use `python -m t5x.infer` with gin/models/prompted_vit.gin and "
-                f"gin/methods/{kind}.gin."
+                f"The artifact {artifact.path} has heads without lanes (method {kind!r}), which "
+                "this server cannot run. Use `python -m t5x.infer` with "
+                f"gin/models/prompted_vit.gin and gin/methods/{kind}.gin."
             )
 
 
@@ -67,12 +70,12 @@ def check_origin(
     found: Sequence[Artifact],
     backbone: Any,
     config: CLIPConfig,
-    tokenizer: ClipTokenizer,
+    tokenizer: ClipTokenizer | None,
     digest_backbone: bool,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Checks that artifacts agree with each other, the backbone and the tokenizer. Returns the
-    digests of the backbone and the tokenizer.
+    digests of the backbone and the tokenizer, which artifacts with lanes do not need.
 
     Raises:
         ValueError: they disagree; the message shows both values.
@@ -84,7 +87,11 @@ def check_origin(
             "Serve them separately."
         )
     weights = backbone_digest(backbone) if digest_backbone else None
-    embedding = artifacts.embedding_digest(backbone["text_encoder"]["token_embedder"]["embedding"])
+    if config.text is not None:
+        embedding = backbone["text_encoder"]["token_embedder"]["embedding"]
+    else:  # as `PromptedClassifier.embedding`
+        embedding = backbone["image_encoder"]["patch_embedding"]["kernel"]
+    embedding = artifacts.embedding_digest(embedding)
     vocabulary = artifacts.vocabulary_digest(tokenizer)
     for artifact in found:
         compatibility.check_backbone(artifact, embedding, weights, backbone_config(config))
@@ -159,12 +166,17 @@ def _by_row(
     return PromptTuning(table.shape[1]), {"table": table}
 
 
-def inputs_of(found: Sequence[Artifact]) -> Inputs:
+def inputs_of(found: Sequence[Artifact], lanes: bool = False) -> Inputs:
     """Returns how the inputs of artifacts are made.
 
+    Args:
+        found: the artifacts.
+        lanes: whether they have lanes, which need the settings of heads.
+
     Raises:
-        ValueError: artifacts differ in the position of class names, the image transform, or the
-            classes of a task; or an artifact records no classes of a task.
+        ValueError: artifacts differ in the position of class names, the image transform, the
+            settings of heads, or the classes of a task; or an artifact records no classes of a
+            task, or no settings of its heads.
     """
     tasks: list[TaskClasses] = []
     known: dict[str, tuple[TaskClasses, str]] = {}
@@ -181,7 +193,15 @@ def inputs_of(found: Sequence[Artifact]) -> Inputs:
             tasks.append(task)
     position = _agreed(found, "context position", lambda images: images["context_position"])
     transform = _agreed(found, "image transform", lambda images: images["transform"])
-    return Inputs(transform, position, tuple(tasks))
+    if not lanes:
+        return Inputs(transform, position, tuple(tasks))
+    if lacking := [x.path for x in found if x.config["images"].get("head") is None]:
+        raise ValueError(
+            f"The artifacts {abbreviate(lacking)} do not record how their heads read features "
+            "(images.head). Repeat the command that wrote them with this version."
+        )
+    head = _agreed(found, "head", lambda images: images["head"])
+    return Inputs(transform, position, tuple(tasks), head)
 
 
 def _classes(artifact: Artifact) -> dict[str, TaskClasses]:

@@ -2,6 +2,7 @@
 
     {"task": NAME, "image": PATH}               the most probable class
     {"task": NAME, "image_base64": TEXT}        the same, with the content of the file
+    {"sequence": NAME, "image": PATH}           among the classes of all lanes beside lane NAME
 
 Any request may have an "id" of any JSON type. The answer repeats it. In mode 'score', the answer
 has the score of every class.
@@ -24,7 +25,7 @@ from mpt_jax.core import schema
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.serving.predict.requests import MODES, Failure, label_of, object_of, text_of
 
-FIELDS = ("task", "image", "image_base64", "id")
+FIELDS = ("task", "sequence", "image", "image_base64", "id")
 MOST_BYTES = 2**25  # of an encoded image
 MOST_LINE_BYTES = MOST_BYTES * 4 // 3 + 2**20  # base64 writes 3 bytes as 4
 
@@ -38,12 +39,14 @@ class ImageRequest:
         row: the row of the task.
         image: uint8 [S,S,3].
         all_scores: whether the answer has the score of every class.
+        seen: whether the classes are those of all lanes in the sequence of the row.
     """
 
     label: Mapping[str, Any]
     row: int
     image: np.ndarray
     all_scores: bool = False
+    seen: bool = False
 
 
 class ImageReader:
@@ -53,15 +56,22 @@ class ImageReader:
         names: the names of the tasks, in the order of the rows.
         transform: the settings of the image transform: `size`, `mode`, `resize_to`.
         mode: `'predict'` or `'score'`.
+        lanes: whether rows are lanes, so that requests can name a sequence.
     """
 
-    def __init__(self, names: Sequence[str], transform: Mapping[str, Any], mode: str = "predict"):
+    def __init__(
+        self,
+        names: Sequence[str],
+        transform: Mapping[str, Any],
+        mode: str = "predict",
+        lanes: bool = False,
+    ):
         if mode not in MODES:
             raise ValueError(f"Unknown mode {mode!r}. Set it to {' or '.join(MODES)}.")
         self._rows = {name: row for row, name in enumerate(names)}
         names = ("size", "mode", "resize_to")
         self._transform: dict[str, Any] = {name: transform.get(name) for name in names}
-        self._mode = mode
+        self._mode, self._lanes = mode, lanes
 
     def read(self, line: bytes, number: int) -> ImageRequest | Failure:
         """Parses line `number`, counted from 1. Returns a `Failure` if the line is invalid."""
@@ -80,11 +90,28 @@ class ImageReader:
                 f"Unknown fields {schema.short(unknown)}. Known fields: {', '.join(FIELDS)}. "
                 "Use id for a value that the answer should repeat."
             )
-        task = text_of(fields, "task")
-        if task not in self._rows:
-            raise ValueError(unknown_name("task", schema.short(task), list(self._rows)))
+        row, seen = self._row(fields)
         image = images.transform(images.decode(_content(fields)), **self._transform)
-        return ImageRequest(label, self._rows[task], image, self._mode == "score")
+        return ImageRequest(label, row, image, self._mode == "score", seen)
+
+    def _row(self, fields: Mapping[str, Any]) -> tuple[int, bool]:
+        """Returns the row that a request names, and whether it names the sequence of the row."""
+        seen = "sequence" in fields
+        if seen and "task" in fields:
+            raise ValueError(
+                "A request has either task, for the classes of one lane, or sequence, for those of "
+                "all lanes. Omit one of them."
+            )
+        if seen and not self._lanes:
+            raise ValueError(
+                "The field sequence needs prompts with lanes (MULTI-LANE), and these have none. "
+                "Use task."
+            )
+        what = "sequence" if seen else "task"
+        name = text_of(fields, what)
+        if name not in self._rows:
+            raise ValueError(unknown_name(what, schema.short(name), list(self._rows)))
+        return self._rows[name], seen
 
 
 def _content(fields: Mapping[str, Any]) -> bytes:

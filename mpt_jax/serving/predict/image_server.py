@@ -1,7 +1,8 @@
-"""Server that classifies images with the prompts of any of its tasks.
+"""Server that classifies images with the prompts, or lanes, of any of its tasks.
 
 Prompts of several artifacts are kept as plain prompts, and the features of all classes are computed
-once, when the server starts. A request then costs one pass of the image encoder.
+once, when the server starts. A request then costs one pass of the image encoder. With lanes, a
+request can also ask for the classes of all lanes of a sequence.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import numpy as np
 from absl import logging
 
 from mpt_jax.artifacts import artifacts
-from mpt_jax.backbones.clip import CLIP
+from mpt_jax.artifacts.artifacts import Artifact
+from mpt_jax.backbones.clip import CLIP, CLIPConfig
 from mpt_jax.batching.clip_tokenizer import ClipTokenizer
 from mpt_jax.convert.clip import load_clip, read_clip_config
+from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import flatten
 from mpt_jax.models.class_interface import predicted_classes
 from mpt_jax.models.class_scores import FEATURES
+from mpt_jax.models.classifier import PromptedClassifier
 from mpt_jax.models.dual_encoder import PromptedDualEncoder
 from mpt_jax.serving.predict.image_artifacts import (
     Inputs,
@@ -38,6 +42,12 @@ from mpt_jax.serving.predict.image_artifacts import (
     texts_of,
 )
 from mpt_jax.serving.predict.image_requests import ImageReader, ImageRequest
+from mpt_jax.serving.predict.lane_artifacts import (
+    have_lanes,
+    lane_model,
+    mixed_rows,
+    seen_classes,
+)
 from mpt_jax.serving.predict.requests import Failure
 from mpt_jax.serving.prompt_bank import Named
 
@@ -57,6 +67,7 @@ class ImageServer:
 
     Attributes:
         names: the names that requests can use.
+        lanes: whether the model has lanes.
         model, params, inputs: the arguments.
     """
 
@@ -76,6 +87,10 @@ class ImageServer:
             self.params = {n: x for n, x in self.params.items() if n != "text_encoder"}
         self._batch_size = batch_size
         self._score = jax.jit(model.score_batch)
+        self.lanes = isinstance(model, PromptedClassifier)
+        if isinstance(model, PromptedClassifier):
+            self._score_seen = jax.jit(model.score_seen_batch)
+            self._seen, self._mixed = seen_classes(model), mixed_rows(model)
 
     @classmethod
     def load(
@@ -101,8 +116,8 @@ class ImageServer:
         Raises:
             FileNotFoundError: an artifact or the backbone does not exist.
             ValueError: the artifacts disagree, were trained with another backbone or tokenizer, or
-                do not fit the backbone; they have more than `MOST_TEXTS` class texts; two rows have
-                the same name; or `batch_size` is not positive.
+                do not fit the backbone; only some have lanes; they have more than `MOST_TEXTS`
+                class texts; two rows have the same name; or `batch_size` is not positive.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}. Set --batch-size to at least 1.")
@@ -114,28 +129,26 @@ class ImageServer:
         sources = [Named.parse(text) for text in prompts]
         found = [artifacts.load_artifact(source.folder) for source in sources]
         refuse_heads(found)
+        lanes = have_lanes(found)
         config = dataclasses.replace(read_clip_config(path), dtype=dtype)
-        if config.text is None:
+        if config.text is None and not lanes:
             raise ValueError(
                 f"{path} is a ViT without a text encoder. Set --backbone to the CLIP that the "
                 "prompts were trained on."
             )
-        backbone, tokenizer = load_clip(path, config), ClipTokenizer.from_folder(path)
+        backbone = load_clip(path, config)
+        tokenizer = None if lanes else ClipTokenizer.from_folder(path)
         digests = check_origin(found, backbone, config, tokenizer, digest_backbone, warn)
         names = names_of_rows(found, sources)
-        method, prompt = plain_prompts_of(found)
-        inputs = inputs_of(found)
-        check_shapes(found, method, prompt, inputs, config)
-        check_number(method, inputs)
-        model = PromptedDualEncoder(
-            CLIP(config),
-            method,
-            Runs([task.task for task in inputs.tasks], names, "independent"),
-            texts_of(inputs, method, tokenizer, config),
-        )
+        if tokenizer is None:
+            model, prompt, inputs = lane_model(found, names, config)
+            backbone = model.precompute(backbone)
+        else:
+            model, prompt, inputs = _text_model(found, names, tokenizer, config)
         cast = lambda x: np.asarray(x).astype(jnp.dtype(dtype), copy=False)  # noqa: E731
-        scale = np.asarray(backbone["logit_scale"], np.float32)  # rounded, all logits would change
-        params = {**jax.tree.map(cast, backbone), "logit_scale": scale, "prompt": prompt}
+        params = {**jax.tree.map(cast, backbone), "prompt": prompt}
+        if "logit_scale" in params:  # rounded, all logits would change
+            params["logit_scale"] = np.asarray(backbone["logit_scale"], np.float32)
         tables = artifacts.digest(flatten(prompt))
         digests["prompts_sha256"] = hashlib.sha256(f"{names} {tables}".encode()).hexdigest()
         settings = json.dumps(dataclasses.asdict(inputs), sort_keys=True)
@@ -150,7 +163,7 @@ class ImageServer:
     def reader(self, mode: str = "predict", truncate: bool = False) -> ImageReader:
         """Returns a parser of requests to this server."""
         del truncate  # images are never truncated
-        return ImageReader(self.names, self.inputs.transform, mode)
+        return ImageReader(self.names, self.inputs.transform, mode, self.lanes)
 
     def answer(self, requests: Sequence[ImageRequest | Failure]) -> list[Answer]:
         """Returns one answer for each request, in their order."""
@@ -158,28 +171,71 @@ class ImageServer:
             {**x.label, "error": x.error} if isinstance(x, Failure) else {} for x in requests
         ]
         jobs = [(i, x) for i, x in enumerate(requests) if isinstance(x, ImageRequest)]
-        for first in range(0, len(jobs), self._batch_size):
-            part = jobs[first : first + self._batch_size]
-            rows = np.resize(np.arange(len(part)), self._batch_size)  # repeats rows as padding
-            batch = {
-                "image": np.stack([part[row][1].image for row in rows]),
-                "task_ids": np.array([part[row][1].row for row in rows], np.int32),
-            }
-            scores = np.asarray(self._score(self.params, batch))
-            for (index, request), row in zip(part, scores, strict=False):
-                answers[index] = {**request.label, **self._answer(request, row)}
+        for seen in (False, True):
+            asked = [(i, x) for i, x in jobs if x.seen == seen]
+            for first in range(0, len(asked), self._batch_size):
+                part = asked[first : first + self._batch_size]
+                for (index, request), row in zip(part, self._scores(part, seen), strict=False):
+                    found = self._seen_answer if seen else self._answer
+                    answers[index] = {**request.label, **found(request, row)}
         return answers
+
+    def _scores(self, part: Sequence[tuple[int, ImageRequest]], seen: bool) -> np.ndarray:
+        """Returns the scores of the images of requests, with rows of padding."""
+        # Repeats rows as padding.
+        rows = np.resize(np.arange(len(part)), self._batch_size).tolist()
+        batch = {
+            "image": np.stack([part[row][1].image for row in rows]),
+            "task_ids": np.array([part[row][1].row for row in rows], np.int32),
+        }
+        return np.asarray((self._score_seen if seen else self._score)(self.params, batch))
 
     def _answer(self, request: ImageRequest, scores: np.ndarray) -> Answer:
         task = self.inputs.tasks[request.row]
-        own = scores[: len(task.names)]
-        if not np.isfinite(own).all():
+        return _classified(request, task.names, scores[: len(task.names)], task.multi_label)
+
+    def _seen_answer(self, request: ImageRequest, scores: np.ndarray) -> Answer:
+        if tasks := self._mixed.get(request.row):
             return {
-                "error": f"The scores are NaN or infinite ({own.tolist()}), so the answer is "
-                "meaningless. Check the weights of the backbone and of the prompt."
+                "error": f"The tasks {abbreviate(tasks)} have one label per image or several, so "
+                "their scores cannot be compared. Ask for one task at a time, in the field task."
             }
-        prediction = predicted_classes(task.names, own, task.multi_label)
-        answer: Answer = {"prediction": prediction, "score": float(own.max())}
-        if request.all_scores:
-            answer["scores"] = dict(zip(task.names, own.tolist(), strict=True))
-        return answer
+        groups = self.model.runs.group_of_row
+        own = [i for i, (row, _) in enumerate(self._seen) if groups[row] == groups[request.row]]
+        names = [self._seen[i][1] for i in own]
+        multi = self.inputs.tasks[request.row].multi_label
+        return _classified(request, names, scores[own], multi)
+
+
+def _text_model(
+    found: Sequence[Artifact], names: Sequence[str], tokenizer: ClipTokenizer, config: CLIPConfig
+) -> tuple[PromptedDualEncoder, dict[str, Any], Inputs]:
+    """Returns a model with the plain prompts of all rows, the parameters of its prompt, and how its
+    inputs are made."""
+    method, prompt = plain_prompts_of(found)
+    inputs = inputs_of(found)
+    check_shapes(found, method, prompt, inputs, config)
+    check_number(method, inputs)
+    model = PromptedDualEncoder(
+        CLIP(config),
+        method,
+        Runs([task.task for task in inputs.tasks], names, "independent"),
+        texts_of(inputs, method, tokenizer, config),
+    )
+    return model, prompt, inputs
+
+
+def _classified(
+    request: ImageRequest, names: Sequence[str], scores: np.ndarray, multi_label: bool
+) -> Answer:
+    """Returns the answer about an image, given the scores of some classes."""
+    if not np.isfinite(scores).all():
+        return {
+            "error": f"The scores are NaN or infinite ({scores.tolist()}), so the answer is "
+            "meaningless. Check the weights of the backbone and of the prompt."
+        }
+    prediction = predicted_classes(names, scores, multi_label)
+    answer: Answer = {"prediction": prediction, "score": float(scores.max())}
+    if request.all_scores:
+        answer["scores"] = dict(zip(names, scores.tolist(), strict=True))
+    return answer
