@@ -50,7 +50,7 @@ class ImageEncoder(nn.Module):
         x = self._tokens(normalize(images, cfg))
         deep = None
         if prompts is not None:
-            by_layer = _by_layer(prompts, images.shape[0], cfg)
+            by_layer = _by_layer(prompts, images, cfg)
             x = layers.insert(x[:, :1], by_layer[0], x[:, 1:])
             # The first layer overwrites its prompt with an equal one, so that all layers are alike.
             deep = by_layer if prompts.shape[-3] > 1 else None
@@ -109,9 +109,9 @@ def _check_images(images: jax.Array, config: CLIPConfig) -> None:
         )
 
 
-def _by_layer(prompts: jax.Array, batch: int, config: CLIPConfig) -> Float[Array, "n some P H"]:
-    """Returns prompts by layer, checked against the tower."""
-    tower = config.image
+def _by_layer(prompts: jax.Array, images: Images, config: CLIPConfig) -> Float[Array, "n some P H"]:
+    """Returns prompts by layer, checked against the tower and the images."""
+    tower, batch = config.image, images.shape[0]
     count, width = prompts.shape[-3], prompts.shape[-1]
     counts = sorted({1, tower.num_layers})
     if count not in counts or width != tower.emb_dim:
