@@ -13,8 +13,7 @@ inputs, the command fails (`runtime.resumable_output`).
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -31,12 +30,11 @@ from mpt_jax.checkpointing import checkpoint_config, restore_states
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
 from mpt_jax.data import datasets, task_lookup, token_tables, validation
-from mpt_jax.data.classes import ClassVocabulary, is_image_task
+from mpt_jax.data.classes import is_image_task
 from mpt_jax.data.dataset_iterator import DatasetIterator
 from mpt_jax.data.image_preprocessors import EXAMPLE_NAMES
-from mpt_jax.data.iterators import HostShard
+from mpt_jax.evaluation.inference_lines import lines_of
 from mpt_jax.evaluation.periodic_eval import on_device
-from mpt_jax.models.class_interface import predicted_classes
 from mpt_jax.models.model import Model
 from mpt_jax.runtime import compilation_cache, malloc
 from mpt_jax.runtime.arguments import refuse_ineffective
@@ -153,7 +151,7 @@ def infer(
     # Rows of similar length are batched together, so several batches are read at a time.
     window = min(bucketing.WINDOW, checkpoint_period)
     answer = functools.partial(
-        _lines,
+        lines_of,
         rows=dataset_cfg.batch_size,
         buckets=dataset_cfg.buckets(converter),
         function=functools.partial(compiled, params),
@@ -336,61 +334,6 @@ def _write(output: ResumableFile, windows: Iterable[list[str]], period: int) -> 
             logging.info("Wrote %s.", output.path)
     finally:
         output.close()
-
-
-def _lines(
-    window: tuple[Any, Any],
-    rows: int,
-    buckets: bucketing.LengthBuckets | None,
-    function: Callable[..., Any],
-    mode: str,
-    vocabulary: Any,
-) -> Iterator[str]:
-    """Yields one line of JSON per example of a window, in the window's order.
-
-    Args:
-        window: the texts and the model features of the examples.
-        rows: the number of rows of a batch.
-        buckets: the lengths that batches are trimmed to; None disables trimming.
-        function: the compiled prediction or scoring function.
-        mode: see `infer`.
-        vocabulary: the vocabulary that decodes predictions.
-    """
-    texts, features = jax.tree.map(lambda x: x.numpy(), window)
-    shard = HostShard(rows, jax.process_count(), jax.process_index())
-    answers: dict[int, dict[str, Any]] = {}
-    for indices, batch in bucketing.batches_of(features, rows, buckets, targets=False):
-        outputs = function(shard.rows_of_host(batch))
-        for row, index in enumerate(indices.tolist()):
-            answers[index] = _answer(outputs, row, mode, vocabulary)
-    for number in range(len(answers)):
-        inputs = {name: value[number].decode() for name, value in texts.items()}
-        yield json.dumps({"inputs": inputs} | answers[number])
-
-
-def _answer(outputs: Any, row: int, mode: str, vocabulary: Any) -> dict[str, Any]:
-    if isinstance(vocabulary, ClassVocabulary):
-        return _classified(np.asarray(outputs[row]), mode, vocabulary)
-    if mode == "score":
-        return {"score": float(outputs[row])}
-    tokens, aux = outputs if mode == "predict_with_aux" else (outputs, {})
-    answer: dict[str, Any] = {"prediction": vocabulary.decode(tokens[row].tolist())}
-    if mode == "predict_with_aux":
-        answer["aux"] = {name: value[row].tolist() for name, value in aux.items()}
-    return answer
-
-
-def _classified(scores: np.ndarray, mode: str, classes: ClassVocabulary) -> dict[str, Any]:
-    """Returns the answer about an image, given the scores [C] of its task's classes and of others
-    that do not exist."""
-    scores = scores[: classes.size]
-    if mode == "score":
-        return {"score": scores.tolist()}
-    prediction = predicted_classes(classes.names, scores, classes.multi_label)
-    answer: dict[str, Any] = {"prediction": prediction}
-    if mode == "predict_with_aux":
-        answer["aux"] = {"scores": float(scores.max())}
-    return answer
 
 
 if __name__ == "__main__":
