@@ -123,10 +123,11 @@ def note(model: Any) -> str:
         )
     for task in texts.tasks:
         if task.names == _names(len(task.names)):
+            size = f" of {len(words.encode(task.names[0]))} tokens" if words is not None else ""
             lines.append(
                 f"The {len(task.names):,} class names of {task.task} are not on this machine; "
-                f"stand-ins of {len(words.encode(task.names[0]))} tokens were used."
+                f"stand-ins{size} were used."
             )
-    if lines:
+    if lines and words is not None:
         lines.append(f"Class texts have {texts.tokens.shape[1]} positions each.")
     return " ".join(lines)

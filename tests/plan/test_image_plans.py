@@ -23,8 +23,8 @@ from mpt_jax.tasks import images
 from mpt_jax.tasks.image_sets import coop, elevater
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.trainer import Trainer
-from tests.fixtures import clip_files, tiny_clip
-from tests.fixtures.processes import ROOT, run_script
+from tests.fixtures import clip_files, tiny_clip, tiny_lanes
+from tests.fixtures.processes import ROOT, run_command, run_script
 from tests.fixtures.shared_data import shared
 
 assert coop and elevater  # importing them registers tasks
@@ -104,6 +104,34 @@ def test_read_job_image_stage_without_any_file(tmp_path):
 def test_note_text_model_is_empty():
     assert stand_ins.note(object()) == ""
     assert stand_ins.note(tiny_clip.model()) == ""
+
+
+def test_note_lanes_name_stand_ins_without_texts():
+    task = TaskClasses("many", stand_ins._names(4))
+    made = tiny_lanes.model(tasks=(task,))
+    says = "The 4 class names of many are not on this machine; stand-ins were used."
+    assert stand_ins.note(made) == says
+
+
+# --- Stages --------------------------------------------------------------------------------------
+
+STAGES = ("mvlpt_source", "mvlpt_target", "clip_pt_source", "clip_mpt_source", "clip_mpt_target",
+          "coop_target", "vpt_target", "multilane")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_plan_of_each_stage_has_its_memory_without_any_file(stage, tmp_path):
+    """Of the toy image world; no earlier stage has run."""
+    pytest.importorskip("libtpu", reason=NEEDS_LIBTPU)
+    step = ["--gin.STEP=2"] if stage == "multilane" else []
+    arguments = [f"--gin_file=gin/{stage}.gin", "--gin_file=gin/tiny_vision.gin", *step]
+    arguments += ["--topology=v5e:2x2", "--steps=train,predict", f"--json={tmp_path / 'plan.json'}"]
+    run_command("plan", *arguments, MPT_JAX_ROOT=str(tmp_path))
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert [x["step"] for x in found] == ["train", "predict"]
+    for cost in found:  # the shipped CLIP has 3 MB, and its image tower 2 MB
+        assert 2e6 < cost["arguments"] < cost["peak"] < 1e8 and cost["fits"]
 
 
 # --- Class texts over chips ----------------------------------------------------------------------
