@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,22 +30,17 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.config import trainer_choice
 from mpt_jax.convert import t5x as convert
 from mpt_jax.core.runs import Runs
-from mpt_jax.core.tree import flatten
 from mpt_jax.prompts.attempt import ATTEMPT
 from mpt_jax.prompts.base import InitContext, PromptMethod
 from mpt_jax.prompts.crosspt.crosspt import CrossPT
 from tests.fixtures import real_t5x
+from tests.fixtures.real_t5x import NO_EVALUATION, Job, run, start
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = real_t5x.ROOT
 pytestmark = real_t5x.NEEDED
 
 STEPS = ("--gin.TRAIN_STEPS=20", "--gin.EVAL_PERIOD=20", "--gin.SAVE_PERIOD=20")
 QUICK = ("--gin.EVALUATOR_NUM_EXAMPLES=8", "--gin.EVAL_STEPS=1")
-NO_EVALUATION = (
-    "--gin.train.train_eval_dataset_cfg=None",
-    "--gin.train.infer_eval_dataset_cfg=None",
-    "--gin.train.actions={}",  # T5X's artifact is the last step's, ours the best one's
-)
 SHIPPED = ROOT / "mpt_jax" / "tasks" / "data" / "tiny_t5"
 # Starts from one artifact, so nothing is drawn at random; logs the loss of every step.
 SAME = (*STEPS, *NO_EVALUATION, "--gin.STATS_PERIOD=1")
@@ -59,54 +53,6 @@ SAME_SOURCE = (
     "--gin.START_FROM='same'",
     "--gin.LEARNING_RATE=0.03",  # at ten times that, two processes' rounding grows to 0.01
 )
-
-
-class Job(subprocess.Popen):
-    """A process that logs to a file, because T5X would fill a pipe that is not read."""
-
-    def __init__(self, command: list[str], environment: dict[str, str]):
-        self._log = tempfile.TemporaryFile("w+")
-        super().__init__(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=self._log
-        )
-
-    def finish(self, code: int = 0) -> str:
-        """Waits for the process to end; returns its log."""
-        found = self.wait()
-        with self._log:
-            self._log.seek(0)
-            log = self._log.read()
-        assert found == code, log[-6000:]
-        return log
-
-
-def start(script: str, *arguments: str, root: Path, trainer: str = "t5x", **variables: str) -> Job:
-    """Starts one command line. Under T5X, records the members that T5X uses in ROOT/records."""
-    # Compiled as outside tests: rounding of the quick programs of other tests grows over 20 steps.
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
-    environment = (
-        os.environ
-        | quick
-        | {
-            "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)]),
-            "MPT_JAX_ROOT": str(root),
-            "MPT_JAX_TRAINER": trainer,
-            "JAX_PLATFORMS": "cpu",
-        }
-    )
-    if trainer == "t5x":
-        (root / "records").mkdir(parents=True, exist_ok=True)
-        number = len(list((root / "records").iterdir()))
-        record = root / "records" / f"{script}-{number}-{variables.get('JAX_PROCESS_ID', 0)}.json"
-        arguments = (*arguments, "--gin_file=tests/t5x_compat/record.gin")
-        variables["RECORD"] = str(record)
-    command = [sys.executable, "-m", f"t5x.{script}", *arguments]
-    return Job(command, environment | variables)
-
-
-def run(script: str, *arguments: str, root: Path, trainer: str = "t5x") -> str:
-    """Runs one command line; returns its log."""
-    return start(script, *arguments, root=root, trainer=trainer).finish()
 
 
 def stop(children: list[Job], model_dir: Path) -> list[str]:
@@ -367,48 +313,6 @@ def test_both_trainers_mixing_methods_same_prompts(stage, bare):
             assert moved == 0, "T5X's artifact has them too, or the two would not be the same"
         else:
             assert moved > 1e-3, f"{name} did not move"
-
-
-@pytest.mark.parametrize("name", ["coop_target", "vpt_target"])
-def test_both_trainers_images_same_prompts(name, bare):
-    """Images are decoded, augmented and classified by the same code; T5X also evaluates and writes
-    an artifact that serves."""
-    given = [f"--gin_file=gin/{name}.gin", "--gin_file=gin/tiny_vision.gin"]
-    given += ["--gin.LEARNING_RATE=0.05", "--gin.AUGMENTATION=@image_transforms.Augmentation()"]
-    folders = {trainer: bare / f"{name}_{trainer}" for trainer in ("first", "own", "t5x")}
-    dirs = {trainer: f"--gin.MODEL_DIR='{folder}'" for trainer, folder in folders.items()}
-    one = ("--gin.TRAIN_STEPS=1", "--gin.SAVE_PERIOD=1", *NO_EVALUATION)
-    run("train", *given, *one, dirs["first"], root=bare.parent, trainer="own")
-    given += [
-        f"--gin.INITIAL_ARTIFACT='{folders['first'] / 'artifact'}'",
-        "--gin.START_FROM='same'",
-    ]
-    for trainer in ("own", "t5x"):
-        run(
-            "train",
-            *given,
-            *STEPS,
-            *NO_EVALUATION,
-            dirs[trainer],
-            root=bare.parent,
-            trainer=trainer,
-        )
-    start, own, theirs = (
-        flatten(artifacts.load_artifact(folders[x] / "artifact").params)
-        for x in ("first", "own", "t5x")
-    )
-    assert set(own) == set(theirs)
-    for leaf, value in own.items():
-        np.testing.assert_allclose(theirs[leaf], value, rtol=0, atol=1e-5, err_msg=leaf)
-        assert np.abs(value - start[leaf]).max() > 1e-3, f"{leaf} did not move"
-
-
-def test_t5x_evaluates_images(bare):
-    model_dir = bare / "evaluated"
-    given = ["--gin_file=gin/coop_target.gin", "--gin_file=gin/tiny_vision.gin", *STEPS]
-    run("train", *given, f"--gin.MODEL_DIR='{model_dir}'", root=bare.parent)
-    (found,) = (model_dir / "inference_eval").glob("*-metrics.jsonl")
-    assert json.loads(found.read_text().splitlines()[-1])["accuracy"] > 20
 
 
 def test_t5x_resumed_run_with_draws_equals_uninterrupted_run(bare):
