@@ -3,6 +3,8 @@
     {"task": NAME, "image": PATH}               the most probable class
     {"task": NAME, "image_base64": TEXT}        the same, with the content of the file
     {"sequence": NAME, "image": PATH}           among the classes of all lanes beside lane NAME
+    {"task": NAME, "image": PATH, "classes": [TEXT, ...]}
+                                                among these classes, in the context of the task
 
 Any request may have an "id" of any JSON type. The answer repeats it. In mode 'score', the answer
 has the score of every class.
@@ -25,7 +27,9 @@ from mpt_jax.core import schema
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.serving.predict.requests import MODES, Failure, label_of, object_of, text_of
 
-FIELDS = ("task", "sequence", "image", "image_base64", "id")
+FIELDS = ("task", "sequence", "image", "image_base64", "classes", "id")
+MOST_CLASSES = 1_000  # of a request
+MOST_CHARACTERS = 1_000  # of a class name
 MOST_BYTES = 2**25  # of an encoded image
 MOST_LINE_BYTES = MOST_BYTES * 4 // 3 + 2**20  # base64 writes 3 bytes as 4
 
@@ -40,6 +44,7 @@ class ImageRequest:
         image: uint8 [S,S,3].
         all_scores: whether the answer has the score of every class.
         seen: whether the classes are those of all lanes in the sequence of the row.
+        classes: the names of the classes; None for those of the task.
     """
 
     label: Mapping[str, Any]
@@ -47,6 +52,7 @@ class ImageRequest:
     image: np.ndarray
     all_scores: bool = False
     seen: bool = False
+    classes: tuple[str, ...] | None = None
 
 
 class ImageReader:
@@ -57,6 +63,7 @@ class ImageReader:
         transform: the settings of the image transform: `size`, `mode`, `resize_to`.
         mode: `'predict'` or `'score'`.
         lanes: whether rows are lanes, so that requests can name a sequence.
+        no_classes: why requests cannot bring class names; None if they can.
     """
 
     def __init__(
@@ -65,13 +72,14 @@ class ImageReader:
         transform: Mapping[str, Any],
         mode: str = "predict",
         lanes: bool = False,
+        no_classes: str | None = None,
     ):
         if mode not in MODES:
             raise ValueError(f"Unknown mode {mode!r}. Set it to {' or '.join(MODES)}.")
         self._rows = {name: row for row, name in enumerate(names)}
         names = ("size", "mode", "resize_to")
         self._transform: dict[str, Any] = {name: transform.get(name) for name in names}
-        self._mode, self._lanes = mode, lanes
+        self._mode, self._lanes, self._no_classes = mode, lanes, no_classes
 
     def read(self, line: bytes, number: int) -> ImageRequest | Failure:
         """Parses line `number`, counted from 1. Returns a `Failure` if the line is invalid."""
@@ -91,8 +99,9 @@ class ImageReader:
                 "Use id for a value that the answer should repeat."
             )
         row, seen = self._row(fields)
+        classes = self._classes(fields)
         image = images.transform(images.decode(_content(fields)), **self._transform)
-        return ImageRequest(label, row, image, self._mode == "score", seen)
+        return ImageRequest(label, row, image, self._mode == "score", seen, classes)
 
     def _row(self, fields: Mapping[str, Any]) -> tuple[int, bool]:
         """Returns the row that a request names, and whether it names the sequence of the row."""
@@ -112,6 +121,28 @@ class ImageReader:
         if name not in self._rows:
             raise ValueError(unknown_name(what, schema.short(name), list(self._rows)))
         return self._rows[name], seen
+
+    def _classes(self, fields: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Returns the class names of a request; None if it has none."""
+        if "classes" not in fields:
+            return None
+        if self._no_classes is not None:
+            raise ValueError(
+                f"The field classes does not work with these prompts, since {self._no_classes}. "
+                "Omit it."
+            )
+        names = fields["classes"]
+        if not isinstance(names, list) or not 2 <= len(names) <= MOST_CLASSES:
+            raise ValueError(
+                f"classes is {schema.short(names)}. Write a list of 2 to {MOST_CLASSES:,} names."
+            )
+        for name in names:
+            if not isinstance(name, str) or not 0 < len(name.strip()) <= MOST_CHARACTERS:
+                raise ValueError(
+                    f"The class name {schema.short(name)} is not a text of 1 to "
+                    f"{MOST_CHARACTERS:,} characters. Correct it."
+                )
+        return tuple(names)
 
 
 def _content(fields: Mapping[str, Any]) -> bytes:

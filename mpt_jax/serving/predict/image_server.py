@@ -1,8 +1,8 @@
 """Server that classifies images with the prompts, or lanes, of any of its tasks.
 
 Prompts of several artifacts are kept as plain prompts, and the features of all classes are computed
-once, when the server starts. A request then costs one pass of the image encoder. With lanes, a
-request can also ask for the classes of all lanes of a sequence.
+once, when the server starts. A request then costs one pass of the image encoder. A request can
+bring class names, or with lanes ask for the classes of all lanes of a sequence.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from mpt_jax.serving.predict.lane_artifacts import (
     mixed_rows,
     seen_classes,
 )
+from mpt_jax.serving.predict.open_classes import OpenClasses, unsupported
 from mpt_jax.serving.predict.requests import Failure
 from mpt_jax.serving.prompt_bank import Named
 
@@ -64,6 +65,7 @@ class ImageServer:
         inputs: how inputs are made.
         batch_size: the number of images that are encoded at a time.
         digests: what answers depend on besides the requests, for resumable outputs.
+        tokenizer: the backbone's tokenizer; None with lanes, which read no texts.
 
     Attributes:
         names: the names that requests can use.
@@ -78,6 +80,7 @@ class ImageServer:
         inputs: Inputs,
         batch_size: int,
         digests: dict[str, Any],
+        tokenizer: ClipTokenizer | None = None,
     ):
         self.names = model.runs.run_names
         self.digests = digests
@@ -88,9 +91,13 @@ class ImageServer:
         self._batch_size = batch_size
         self._score = jax.jit(model.score_batch)
         self.lanes = isinstance(model, PromptedClassifier)
+        self._no_classes = "they have lanes" if self.lanes else unsupported(model)
         if isinstance(model, PromptedClassifier):
             self._score_seen = jax.jit(model.score_seen_batch)
             self._seen, self._mixed = seen_classes(model), mixed_rows(model)
+        if tokenizer is not None and self._no_classes is None:
+            self._open = OpenClasses(model, params, inputs, tokenizer)
+            self._encode = jax.jit(model.image_features)
 
     @classmethod
     def load(
@@ -153,7 +160,7 @@ class ImageServer:
         digests["prompts_sha256"] = hashlib.sha256(f"{names} {tables}".encode()).hexdigest()
         settings = json.dumps(dataclasses.asdict(inputs), sort_keys=True)
         digests["inputs_sha256"] = hashlib.sha256(settings.encode()).hexdigest()
-        return cls(model, jax.device_put(params), inputs, batch_size, digests)
+        return cls(model, jax.device_put(params), inputs, batch_size, digests, tokenizer)
 
     @property
     def nbytes(self) -> int:
@@ -163,7 +170,7 @@ class ImageServer:
     def reader(self, mode: str = "predict", truncate: bool = False) -> ImageReader:
         """Returns a parser of requests to this server."""
         del truncate  # images are never truncated
-        return ImageReader(self.names, self.inputs.transform, mode, self.lanes)
+        return ImageReader(self.names, self.inputs.transform, mode, self.lanes, self._no_classes)
 
     def answer(self, requests: Sequence[ImageRequest | Failure]) -> list[Answer]:
         """Returns one answer for each request, in their order."""
@@ -171,24 +178,43 @@ class ImageServer:
             {**x.label, "error": x.error} if isinstance(x, Failure) else {} for x in requests
         ]
         jobs = [(i, x) for i, x in enumerate(requests) if isinstance(x, ImageRequest)]
-        for seen in (False, True):
-            asked = [(i, x) for i, x in jobs if x.seen == seen]
+        kinds = (
+            (lambda x: x.classes is not None, "_encode", self._open_answer),
+            (lambda x: x.seen, "_score_seen", self._seen_answer),
+            (lambda x: not x.seen and x.classes is None, "_score", self._answer),
+        )
+        for is_asked, function, found in kinds:
+            asked = [(i, x) for i, x in jobs if is_asked(x)]
             for first in range(0, len(asked), self._batch_size):
                 part = asked[first : first + self._batch_size]
-                for (index, request), row in zip(part, self._scores(part, seen), strict=False):
-                    found = self._seen_answer if seen else self._answer
+                rows = self._run(getattr(self, function), part)
+                for (index, request), row in zip(part, rows, strict=False):
                     answers[index] = {**request.label, **found(request, row)}
         return answers
 
-    def _scores(self, part: Sequence[tuple[int, ImageRequest]], seen: bool) -> np.ndarray:
-        """Returns the scores of the images of requests, with rows of padding."""
+    def _run(
+        self, function: Callable[..., jax.Array], part: Sequence[tuple[int, ImageRequest]]
+    ) -> np.ndarray:
+        """Returns what a function of the model computes from the images of requests, with rows of
+        padding."""
         # Repeats rows as padding.
         rows = np.resize(np.arange(len(part)), self._batch_size).tolist()
         batch = {
             "image": np.stack([part[row][1].image for row in rows]),
             "task_ids": np.array([part[row][1].row for row in rows], np.int32),
         }
-        return np.asarray((self._score_seen if seen else self._score)(self.params, batch))
+        return np.asarray(function(self.params, batch))
+
+    def _open_answer(self, request: ImageRequest, feature: np.ndarray) -> Answer:
+        assert request.classes is not None
+        multi = self.inputs.tasks[request.row].multi_label
+        try:
+            texts = self._open.features(request.row, request.classes)
+        except ValueError as error:
+            return {"error": str(error)}
+        logits = self.model.scaled(self.params, jnp.asarray(texts @ feature)[None])[0]
+        scores = jax.nn.log_sigmoid(logits) if multi else jax.nn.log_softmax(logits)
+        return _classified(request, request.classes, np.asarray(scores), multi)
 
     def _answer(self, request: ImageRequest, scores: np.ndarray) -> Answer:
         task = self.inputs.tasks[request.row]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import re
@@ -26,7 +25,7 @@ from mpt_jax.serving.predict.image_server import ImageServer
 from mpt_jax.serving.predict.requests import Failure
 from tests.fixtures import clip_files, image_serving, saved_artifacts
 from tests.fixtures.image_files import encoded, noise, photo
-from tests.fixtures.image_serving import PETS, SHAPES, TAGS, save
+from tests.fixtures.image_serving import PETS, SHAPES, TAGS, ask, request, save
 
 PIXELS = [noise(16, 16, seed) for seed in range(7)]
 
@@ -43,17 +42,6 @@ def server(clip, coop):
 
 def load(clip, *prompts, **settings):
     return ImageServer.load(list(map(str, prompts)), str(clip), **{"batch_size": 4, **settings})
-
-
-def request(task, pixels, **fields):
-    content = base64.b64encode(encoded(pixels, "PNG")).decode()
-    return {"task": task, "image_base64": content, **fields}
-
-
-def ask(server, requests, mode="predict"):
-    reader = server.reader(mode)
-    lines = [json.dumps(request).encode() for request in requests]
-    return server.answer([reader.read(line, i) for i, line in enumerate(lines, start=1)])
 
 
 def check(answer, scores, multi_label=False):
