@@ -218,6 +218,10 @@ def test_sequences_have_a_stage_for_each_task_and_an_order_for_each_seed():
         assert given(job)["STEP"] == str(step) and len(job.runs) == 3 * step
         if step > 1:
             assert cell.jobs[step - 2].name in given(job)["INITIAL_ARTIFACT"]
+    voc = cell_of("multilane", "MULTI-LANE", ELEVATER, seeds=2).jobs[-1]
+    assert [run.name for run in voc.runs] == [
+        f"voc2007_b0_c4_{task}_s{seed}" for seed in (0, 1) for task in range(1, 6)
+    ]
     together = cell_of("multilane", "all tasks at once", seeds=3)
     assert len(together.jobs) == 1 and given(together.jobs[0])["STEP"] == "4"
 
@@ -225,7 +229,7 @@ def test_sequences_have_a_stage_for_each_task_and_an_order_for_each_seed():
 # --- text ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mvlpt", "base_to_new"])
+@pytest.mark.parametrize("name", ["mvlpt", "base_to_new", "multilane"])
 def test_format_text_shows_every_published_row(name):
     table = tables.get_table(name).on(ELEVATER)
     text = format.text(table, ELEVATER, {}, {})

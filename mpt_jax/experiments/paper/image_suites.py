@@ -21,6 +21,7 @@ SOURCES = (
     *("imagenet", "caltech101", "food101", "stanford_cars", "oxford_pets", "oxford_flowers"),
     *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
 )
+VOC_SEQUENCE, TOY_SEQUENCE = "voc2007_b0_c4", "toy_many"
 BASE, NEW = "_base", "_new"  # suffixes of tasks with half of the classes
 _EPOCHS, _BATCH, _EVERY = 200, 32, 10  # MVLPT's recipe; evaluated every 10 epochs
 
@@ -49,18 +50,26 @@ def halves(sets: tuple[str, ...]) -> dict[str, str]:
     return {f"{name}{half}": f"{name}{half}" for half in (BASE, NEW) for name in sets}
 
 
+def _sequence(name: str, seed: int) -> list[str]:
+    """Returns the tasks of a sequence, as runs of a seed: all examples, in its order."""
+    module = importlib.import_module("mpt_jax.tasks.image_sets.multilane")
+    return [f"{task}_s{seed}" for task in module.sequence(name)]
+
+
 IMAGES = Suite(
     name="images",
     tasks={name: f"elevater_{name}" for name in (*OTHERS, *ALSO_SOURCES)}
-    | halves(tuple(f"coop_{name}" for name in SOURCES)),
+    | halves(tuple(f"coop_{name}" for name in SOURCES))
+    | {VOC_SEQUENCE: VOC_SEQUENCE},
     sources={name: f"coop_{name}" for name in SOURCES},
-    modules=("mpt_jax.tasks.image_sets.coop", "mpt_jax.tasks.image_sets.elevater"),
+    modules=tuple(f"mpt_jax.tasks.image_sets.{x}" for x in ("coop", "elevater", "multilane")),
     files=(),
     test_files=(),
     source_steps=None,
     length=_length,
     rates={},
     tested_apart=True,
+    sequence=_sequence,
 )
 
 # toy_tint and toy_gray_texture were used to choose the learning rates (docs/study/vision.md), so no
@@ -78,11 +87,9 @@ TOY_HALVES = ("toy_outline", "toy_compound", "toy_digits")
 
 
 def _toy_sequence(name: str, seed: int) -> list[str]:
-    """Returns the tasks of a sequence; each seed has its own order of the classes."""
-    from mpt_jax.tasks import toy_sequences
-
-    assert name == toy_sequences.NAME
-    return toy_sequences.sequence(seed)
+    """Returns the tasks of the sequence; each seed has its own order of the classes."""
+    del name  # there is one
+    return importlib.import_module("mpt_jax.tasks.toy_sequences").sequence(seed)
 
 
 TOY_IMAGES = Suite(

@@ -14,6 +14,7 @@ _ELEVATER = {
     "others": suites.OTHERS,
     "all": (*suites.OTHERS, *suites.ALSO_SOURCES),
 }
+_METRICS = ("last", "average", "forgetting")
 _TOY = {"toy targets": suites.TOY_TARGETS}
 
 
@@ -87,12 +88,17 @@ TABLES = (
     Table(
         "multilane",
         "Tasks learned one after another (MULTI-LANE)",
-        (variants.MULTI_LANE, *variants.LANES),
-        {"sequence": ("toy_many",)},
-        metrics={"toy_many": ("last", "average", "forgetting")},
-        seeds=10,
-        suites={"toy": suites.TOY_IMAGES},
+        variants.lanes(classes=20, selectors=(1, 20), merged=10),
+        {"sequence": (suites.VOC_SEQUENCE,)},
+        metrics={suites.VOC_SEQUENCE: _METRICS},
+        suites=suites.SUITES,
         of_sequences=True,
+        toy={
+            "variants": variants.lanes(classes=12, selectors=(1, 10), merged=4),
+            "groups": {"sequence": (suites.TOY_SEQUENCE,)},
+            "metrics": {suites.TOY_SEQUENCE: _METRICS},
+            "seeds": 10,
+        },
     ),
     _table(
         "base_to_new",

@@ -172,16 +172,24 @@ def _lanes(name: str, *bindings: str, files: Sequence[str] = (), **rest) -> Vari
     return Variant(name, (stage, *files), "gin/methods/multi_lane.gin", bindings=bindings, **rest)
 
 
-MULTI_LANE = _lanes("MULTI-LANE")
-LANES = (
-    *(
-        _lanes(f"{number} selector{'s' if number > 1 else ''}", f"SELECTORS = {number}")
-        for number in (1, 10)
-    ),
-    _lanes("merged tokens", "SELECTORS = 0", "MERGED_TOKENS = 4"),
-    _lanes("no drop and replace", "DROP_AND_REPLACE = False"),
-    _lanes("features not normalized", "NORMALIZE = False"),
-    _lanes("loss over all classes", "ALL_CLASSES = 12"),
-    _lanes("lanes start from the mean", "START_FROM = 'same_or_average'"),
-    _lanes("all tasks at once", files=("gin/runs/joint_lanes.gin",), together=True),
-)
+def lanes(classes: int, selectors: tuple[int, ...], merged: int) -> tuple[Variant, ...]:
+    """Returns MULTI-LANE and variants of it.
+
+    Args:
+        classes: the number of classes of a sequence.
+        selectors: other numbers of selectors than the default.
+        merged: the number of tokens that are merged in place of selectors.
+    """
+    return (
+        _lanes("MULTI-LANE"),
+        *(
+            _lanes(f"{number} selector{'s' if number > 1 else ''}", f"SELECTORS = {number}")
+            for number in selectors
+        ),
+        _lanes("merged tokens", "SELECTORS = 0", f"MERGED_TOKENS = {merged}"),
+        _lanes("no drop and replace", "DROP_AND_REPLACE = False"),
+        _lanes("features not normalized", "NORMALIZE = False"),
+        _lanes("loss over all classes", f"ALL_CLASSES = {classes}"),
+        _lanes("lanes start from the mean", "START_FROM = 'same_or_average'"),
+        _lanes("all tasks at once", files=("gin/runs/joint_lanes.gin",), together=True),
+    )
