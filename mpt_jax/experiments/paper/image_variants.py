@@ -13,7 +13,7 @@ from mpt_jax.experiments.paper.variants import Source, Variant
 
 TARGET, MPT_TARGET = "gin/mvlpt_target.gin", "gin/clip_mpt_target.gin"
 CACHE = "gin/runs/image_cache.gin"  # for methods without image tokens
-CLIP, VIT = "gin/models/prompted_clip.gin", "gin/models/prompted_vit.gin"
+CLIP, CLASSIFIER = "gin/models/prompted_clip.gin", "gin/models/clip_classifier.gin"
 COOP, VPT, UPT, BOTH, COCOOP, MPT = (
     f"gin/methods/{name}.gin" for name in ("coop", "vpt", "upt", "coop_vpt", "cocoop", "clip_mpt")
 )
@@ -28,7 +28,7 @@ PROBE = Variant(
     "gin/methods/linear_probe.gin",
     bindings=(SQUASH,),
     rate="linear_probe",
-    model=VIT,
+    model=CLASSIFIER,
 )
 
 
