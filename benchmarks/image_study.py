@@ -25,8 +25,12 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.core import schema
 from mpt_jax.evaluation.finalize import ARTIFACT
 from mpt_jax.experiments import results
-from mpt_jax.experiments.paper import image_suites, image_variants
+from mpt_jax.experiments.paper import image_suites
+from mpt_jax.experiments.paper.image_variants import ONE_DRAW, source_row
 from mpt_jax.experiments.results import Result
+from mpt_jax.prompts.materialize import materialize
+from mpt_jax.prompts.sites import TEXT
+from mpt_jax.runtime.exits import exit_with
 
 MORE, LESS, SAME = "+", "-", "0"
 Tables = Mapping[str, Mapping[tuple[str, int | None], Result]]
@@ -47,7 +51,7 @@ def _parts(question: int, table: str, shots: int | None, *rows: tuple[str, str, 
     return [Comparison(question, table, new, old, shots, sign) for new, old, sign in rows]
 
 
-ALONE = "MPT, no distillation"
+WITHOUT_TEACHERS = "MPT, no distillation"
 DECLARED: tuple[Comparison, ...] = (
     *(
         Comparison(1, "mvlpt", f"M{single}", single, shots, MORE)
@@ -71,14 +75,14 @@ DECLARED: tuple[Comparison, ...] = (
         ("MPT", "shared prompt", MORE),
         ("MPT", "mean of prompts per task", MORE),
         ("MPT", "CoOp + VPT", MORE),
-        ("MPT", ALONE, MORE),
-        ("MPT, zero-shot teacher", ALONE, MORE),
-        (ALONE, "shared prompt", MORE),
-        (ALONE, "MPT, factors start at 1, no distillation", SAME),
-        (ALONE, "MPT, each layers, no distillation", SAME),
-        (ALONE, "MPT, tied layers, no distillation", SAME),
-        (ALONE, "MPT, text, no distillation", MORE),
-        (ALONE, "MPT, image, no distillation", MORE),
+        ("MPT", WITHOUT_TEACHERS, MORE),
+        ("MPT, zero-shot teacher", WITHOUT_TEACHERS, MORE),
+        (WITHOUT_TEACHERS, "shared prompt", MORE),
+        (WITHOUT_TEACHERS, "MPT, factors start at 1, no distillation", SAME),
+        (WITHOUT_TEACHERS, "MPT, each layers, no distillation", SAME),
+        (WITHOUT_TEACHERS, "MPT, tied layers, no distillation", SAME),
+        (WITHOUT_TEACHERS, "MPT, text, no distillation", MORE),
+        (WITHOUT_TEACHERS, "MPT, image, no distillation", MORE),
     ),
     *_parts(
         9,
@@ -112,25 +116,26 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="folder of the tables")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     args = parser.parse_args()
-    tables = {name: _read(args.root / name) for name in {x.table for x in DECLARED}}
-    found = [_difference(tables, x) for x in DECLARED]
-    found.append(best_draw(args.root, tables["mvlpt_parts"]))
-    found.append(transfer(args.root, _read(args.root / "mvlpt_transfer")))
+    names = {*(x.table for x in DECLARED), "mvlpt_transfer"}
+    try:
+        tables = {name: _read(args.root / name) for name in sorted(names)}
+        found = [_difference(tables, x) for x in DECLARED]
+        found += [best_draw(args.root, tables), transfer(args.root, tables)]
+    except (ValueError, OSError) as error:
+        exit_with("image_study", error)
     found.sort(key=lambda x: x.question)
     rows = summaries(found)
-    for row in rows:
+    for x in rows:
         print(
-            f"| {row['question']} | {row['what']} | {row['expected']} | {row['mean']:+.2f} "
-            f"({row['low']:+.2f} to {row['high']:+.2f}) | {row['p']:.3f} | {row['holm']:.3f} | "
-            f"{row['n']} |"
+            f"| {x['question']} | {x['what']} | {x['expected']} | {x['mean']:+.2f} "
+            f"({x['low']:+.2f} to {x['high']:+.2f}) | {x['p']:.3f} | {x['holm']:.3f} | {x['n']} |"
         )
-    if args.out is not None:
-        figures.write(args.out, {"comparisons": rows})
+    figures.write({"comparisons": rows}, args.out)
 
 
 def summaries(found: Sequence[Found]) -> list[dict]:
-    """Returns each comparison's mean with a 95% t-interval, and its p-value, alone and corrected
-    for all of them."""
+    """Returns each comparison's mean with a 95% t-interval, and its raw and Holm-corrected
+    p-values."""
     p_values = [results.p_value(x.values) for x in found]
     rows = []
     for x, p, holm in zip(found, p_values, results.holm(p_values), strict=True):
@@ -155,18 +160,40 @@ def _read(folder: Path) -> dict[tuple[str, int | None], Result]:
 
 
 def _difference(tables: Tables, of: Comparison) -> Found:
-    found = tables[of.table]
-    values = results.paired(found[of.new, of.shots], found[of.old, of.shots])
+    new, old = (row(tables, of.table, name, of.shots) for name in (of.new, of.old))
+    values = results.paired(new, old)
     return Found(of.question, f"{of.new} minus {of.old}", of.shots, of.expected, values)
 
 
-def best_draw(root: Path, found: Mapping[tuple[str, int | None], Result]) -> Found:
+def row(tables: Tables, table: str, name: str, shots: int | None) -> Result:
+    """Returns a row of a table. Raises ValueError if it was not run."""
+    if (name, shots) not in tables[table]:
+        raise ValueError(
+            f"The table {table} has no results of {name!r} with k = {shots}. Run `mpt-jax paper "
+            f"{table} --suite toy` until it finishes."
+        )
+    return tables[table][name, shots]
+
+
+def source_stage(root: Path, name: str, table: str) -> Path:
+    """Returns the folder of a table's source stage. Raises ValueError if there is not just one."""
+    folders = sorted(root.glob(f"{name}_s1-*"))
+    if len(folders) != 1:
+        shown = ", ".join(x.name for x in folders) or "none"
+        raise ValueError(
+            f"{root} should have one source stage {name}_s1-..., and has {shown}. Run `mpt-jax "
+            f"paper {table} --suite toy` with one number of seeds."
+        )
+    return folders[0]
+
+
+def best_draw(root: Path, tables: Tables) -> Found:
     """Returns the mean of three prompts minus the draw with the lowest training loss in the source
     stage, for each seed."""
-    (folder,) = root.glob("mvlpt_source_upt_s1-*")
-    losses = _source_losses(folder)
-    draws = [found[variant.name, 5].means() for variant in image_variants.ONE_DRAW]
-    mean = found["MUPT", 5].means()
+    losses = _source_losses(source_stage(root, "mvlpt_source_upt", "mvlpt_parts"))
+    means = lambda name: row(tables, "mvlpt_parts", name, 5).means()  # noqa: E731
+    draws = [means(variant.name) for variant in ONE_DRAW]
+    mean = means("MUPT")
     best = [
         int(np.argmin([losses[3 * seed + 1 + i] for i in range(3)])) for seed in range(len(mean))
     ]
@@ -188,28 +215,28 @@ def _source_losses(folder: Path) -> dict[int, float]:
     return {draw: float(np.mean(values)) for draw, values in by_draw.items()}
 
 
-def transfer(root: Path, found: Mapping[tuple[str, int | None], Result]) -> Found:
+def transfer(root: Path, tables: Tables) -> Found:
     """Returns Spearman's correlation, for each seed, between the gain of a target by a source's
-    prompt and the cosine of the prompts of both, over ordered pairs of different tasks."""
-    (folder,) = root.glob("single_coop_mvlpt_transfer_s1-*")
+    prompt and the cosine of the prompts of both, over ordered pairs of different tasks. Seeds are
+    the units; in the report, whose test permutes tasks, tasks are."""
+    folder = source_stage(root, "single_coop_mvlpt_transfer", "mvlpt_transfer")
     artifact = artifacts.load_artifact(folder / ARTIFACT)
-    prompts = np.asarray(artifact.params["text_context/shared"], np.float64)
-    unit = prompts.reshape(len(prompts), -1)
+    context = artifact.method.parts[TEXT]
+    prompts = materialize(context, artifact.params[TEXT], artifact.runs)
+    unit = np.asarray(prompts, np.float64).reshape(len(prompts), -1)
     unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
     tasks = image_suites.TOY_TRANSFER
-    scratch = found["CoOp", 5]
+    scratch = row(tables, "mvlpt_transfer", "CoOp", 5)
 
     def correlation(seed: int) -> float:
         gains, cosines = [], []
-        row = lambda task: unit[  # noqa: E731
-            artifact.runs.group_of_row[artifact.runs.row(image_variants.source_row(task, seed + 1))]
-        ]
+        of_task = lambda task: unit[artifact.runs.row(source_row(task, seed + 1))]  # noqa: E731
         for source in tasks:
-            started = found[f"CoOp from {source}", 5]
+            started = row(tables, "mvlpt_transfer", f"CoOp from {source}", 5)
             for target in tasks:
                 if target != source:
                     gains.append(started.values(target)[seed] - scratch.values(target)[seed])
-                    cosines.append(float(row(source) @ row(target)))
+                    cosines.append(float(of_task(source) @ of_task(target)))
         return float(stats.spearmanr(gains, cosines).statistic)
 
     values = [correlation(seed) for seed in range(len(scratch.seeds))]

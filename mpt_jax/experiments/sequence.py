@@ -50,14 +50,21 @@ def groups(sequences: Sequences, step: int) -> list[int]:
     return [number for number in range(len(sequences)) for _ in range(step)]
 
 
-def start_from(sequences: Sequences, step: int) -> str | dict[str, str]:
+def start_from(
+    sequences: Sequences, step: int, mean: bool = False
+) -> str | dict[str, str | dict[str, float]]:
     """Returns a prompt method's `start_from`: the newest run of a sequence starts from the prompt
-    of the run before, and all others keep theirs. In the first step nothing is read."""
+    of the run before or, with `mean`, from the mean of all runs before; all others keep theirs. In
+    the first step nothing is read."""
     if step == 1:
         return "average"
     run_names(sequences, step)
-    kept = {name: name for sequence in sequences for name in sequence[: step - 1]}
-    return kept | {sequence[step - 1]: sequence[step - 2] for sequence in sequences}
+    rows: dict[str, str | dict[str, float]] = {}
+    for sequence in sequences:
+        *before, newest = sequence[:step]
+        rows |= {name: name for name in before}
+        rows[newest] = dict.fromkeys(before, 1.0) if mean else before[-1]
+    return rows
 
 
 def stage(name: str, step: int) -> str:

@@ -21,6 +21,7 @@ from mpt_jax.core.shapes import Float
 from mpt_jax.evaluation.finalize import ARTIFACT
 from mpt_jax.runtime.exits import exit_with
 
+METRICS = ("last", "average", "forgetting")  # of a table; variants are compared by the first
 CLASSES = "_classes"  # suffix of the metric that counts the classes of a mean
 
 

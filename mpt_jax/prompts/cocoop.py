@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpt_jax.core.shapes import Array, Params
-from mpt_jax.prompts.base import FLOAT32, NO_CONTEXT, PromptMethod, register
+from mpt_jax.prompts.base import FLOAT32, NO_CONTEXT, PromptMethod, name_key, register
 from mpt_jax.prompts.init import Normal, PromptInits
-from mpt_jax.prompts.row_ops import Grouped, gather_rows
+from mpt_jax.prompts.row_ops import Grouped, first_row_of_groups, gather_rows
 from mpt_jax.prompts.shared_prompt import SharedPrompt
 from mpt_jax.prompts.spot import SourceTable
 from mpt_jax.prompts.warm_start import group_weights, source_weights, weighted_mean
@@ -75,8 +75,10 @@ class CoCoOp(PromptMethod):
         params = self._context.init(key, runs, context)
         for number, (name, (shape, fan_in)) in enumerate(shapes.items()):
             bound, own = fan_in**-0.5, jax.random.fold_in(key, number)
-            values = jax.random.uniform(own, shape, minval=-bound, maxval=bound)
-            params[name] = jnp.broadcast_to(values, (runs.num_groups, *shape))
+            keys = [name_key(own, runs.run_names[row]) for row in first_row_of_groups(runs)]
+            params[name] = jnp.stack(
+                [jax.random.uniform(x, shape, minval=-bound, maxval=bound) for x in keys]
+            )
         return params
 
     def compose(self, params, runs, task_ids, given=NO_CONTEXT):

@@ -9,7 +9,7 @@ prompts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,9 @@ from mpt_jax.core import schema
 from mpt_jax.core.runs import unknown_name
 from mpt_jax.core.shapes import Array, Float, Key, Params
 from mpt_jax.core.tree import unflatten
-from mpt_jax.prompts.base import FLOAT32, NO_CONTEXT, register_composite
+from mpt_jax.prompts.base import FLOAT32, NO_CONTEXT, name_key, register_composite
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from mpt_jax.prompts.row_ops import gather_rows
+from mpt_jax.prompts.row_ops import first_row_of_groups, gather_rows
 from mpt_jax.prompts.sites import IMAGE, TEXT, SitePrompts
 from mpt_jax.prompts.warm_start import group_weights, source_weights, weighted_mean
 
@@ -70,15 +70,14 @@ class PromptTransformer:
         names = self._shapes(dict.fromkeys(sites, 1))
         return {name: ("groups", *("joint", "rank")[-len(x) :]) for name, x in names.items()}
 
-    def init(self, key: Key, num_groups: int, widths: Mapping[str, int]) -> dict[str, Array]:
-        """Returns initial parameters, equal in all groups, by path name.
+    def init(self, keys: Sequence[Key], widths: Mapping[str, int]) -> dict[str, Array]:
+        """Returns initial parameters [G, ...] by path name.
 
         As torch initializes linear layers and multi-head attention: uniform in ±1/sqrt(fan-in),
         queries, keys and values in ±sqrt(6 / (D + 3 D)), and biases of the attention 0.
 
         Args:
-            key: random key.
-            num_groups: G.
+            keys: random key of each of the G groups.
             widths: H of the prompts of each site.
         """
         shapes = self._shapes(widths)
@@ -94,9 +93,12 @@ class PromptTransformer:
             else:
                 fan_in = shapes[f"{layer}/kernel"][0]
                 bound = (1.5 if layer in _ATTENTION else 1.0) ** 0.5 * fan_in**-0.5
-                drawn = jax.random.fold_in(key, number)
-                values = jax.random.uniform(drawn, shape, minval=-bound, maxval=bound)
-            params[name] = jnp.broadcast_to(values, (num_groups, *shape))
+                drawn = [jax.random.fold_in(key, number) for key in keys]
+                params[name] = jnp.stack(
+                    [jax.random.uniform(x, shape, minval=-bound, maxval=bound) for x in drawn]
+                )
+                continue
+            params[name] = jnp.broadcast_to(values, (len(keys), *shape))
         return params
 
     def __call__(
@@ -191,7 +193,8 @@ class UPT(SitePrompts):
         sites = super().init(key, runs, context)
         widths = {TEXT: context.embedding.shape[1], IMAGE: context.image_width}
         own_key = jax.random.fold_in(key, len(self.parts))
-        own = unflatten(self.transformer.init(own_key, runs.num_groups, widths))
+        keys = [name_key(own_key, runs.run_names[row]) for row in first_row_of_groups(runs)]
+        own = unflatten(self.transformer.init(keys, widths))
         return {**sites, TRANSFORMER: own}
 
     def compose_site(self, site, params, runs, task_ids, given=NO_CONTEXT):

@@ -17,7 +17,15 @@ ORDERS = 10  # with that of the labels
 
 
 def sequence(order: int) -> list[str]:
-    """Returns the tasks of the sequence with order 0 (that of the labels) to `ORDERS` - 1."""
+    """Returns the tasks of the sequence with order 0 (that of the labels) to `ORDERS` - 1.
+
+    Raises:
+        ValueError: there is no such order.
+    """
+    if not 0 <= order < ORDERS:
+        raise ValueError(
+            f"{NAME} has the orders 0 to {ORDERS - 1}, and {order} was asked for. Lower --seeds."
+        )
     number = len(TASKS[NAME].class_names) // CLASSES_OF_TASK
     prefix = NAME if order == 0 else f"{NAME}_order{order}"
     return [f"{prefix}_{task}" for task in range(1, number + 1)]

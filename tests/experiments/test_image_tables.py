@@ -14,9 +14,10 @@ import pytest
 from scipy import stats
 
 from mpt_jax.config import gin_utils, trainer_choice
-from mpt_jax.experiments import demo, image_demo, results
+from mpt_jax.experiments import demo, image_demo, results, sequence
 from mpt_jax.experiments.paper import __main__ as command
 from mpt_jax.experiments.paper import (
+    footnotes,
     format,
     image_suites,
     image_variants,
@@ -131,7 +132,7 @@ def test_transfer_starts_every_target_from_one_task_of_the_table():
     for cell in cells[:-1]:
         source, job = cell.sources[-1], cell.jobs[0]
         assert json.loads(given(source)["SOURCE_TASKS"]) == list(table.tasks)
-        assert given(source)["GROUPS"] == '"independent"'
+        assert given(source)["SEEDS"] == "[1, 2]"
         start = json.loads(given(job)["START_FROM"])
         assert len(start) == 2 * len(table.tasks)
         assert start["toy_digits_k5_per_class_s1"] == {
@@ -209,6 +210,67 @@ def test_all_commands_parse(name):
             gin.clear_config()
 
 
+@pytest.mark.parametrize("suite", ["paper", "toy"])
+@pytest.mark.parametrize("name", NAMES)
+def test_print_and_collect_work_without_results(name, suite, tmp_path, capsys):
+    arguments = [name, "--suite", suite, "--seeds", "2", "--root", str(tmp_path)]
+    command.main([*arguments, "--print"])
+    assert capsys.readouterr().out.startswith("python -m mpt_jax.")
+    command.main([*arguments, "--collect"])
+    assert "not run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["multilane", "--suite", "toy", "--seeds", "11"], "orders 0 to 9, and 10 was asked for"),
+        (["multilane", "--suite", "toy", "--repeats", "2"], "--repeats would have no effect"),
+        (["mvlpt", "--suite", "toy", "--labels", "digits"], "no versions with digits"),
+        (["mvlpt", "--suite", "toy", "--balanced"], "--balanced would have no effect"),
+    ],
+)
+def test_arguments_without_effect_fail(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "--print", "--root", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+def test_new_lane_starts_from_the_lane_before_or_the_mean_of_its_sequence():
+    names = [["a_1", "a_2", "a_3"], ["b_1", "b_2", "b_3"]]
+    assert sequence.start_from(names, 3)["b_3"] == "b_2"
+    mean = sequence.start_from(names, 3, mean=True)
+    assert mean == {
+        **{x: x for x in ("a_1", "a_2", "b_1", "b_2")},
+        "a_3": {"a_1": 1.0, "a_2": 1.0},
+        "b_3": {"b_1": 1.0, "b_2": 1.0},
+    }
+    from_mean = cell_of("multilane", "lanes start from the mean", seeds=2)
+    assert "sequence.start_from.mean" in given(from_mean.jobs[0])
+
+
+def test_tasks_at_once_see_as_many_images_as_one_after_another():
+    for suite, tasks in ((TOY, 4), (ELEVATER, 5)):
+        single = cell_of("multilane", "MULTI-LANE", suite, seeds=2).jobs[0]
+        joint = cell_of("multilane", "all tasks at once", suite, seeds=2).jobs[0]
+        assert joint.steps == tasks * single.steps
+        assert int(given(joint)["BATCH_SIZE"]) % tasks == 0
+
+
+def test_transfer_sources_train_each_task_equally():
+    source = cell_of("mvlpt_transfer", "CoOp from toy_shape", seeds=1).sources[-1]
+    parsed(source)
+    assert type(value("SAMPLER")).__name__ == "EqualQuotas"
+    assert set(value("PROMPT").parts) == {"text_context"}
+
+
+def test_hours_are_per_trained_run():
+    table, _ = planned("base_to_new", seeds=2)
+    found = {("CoOp", 5): result("CoOp", {task: [50.0, 60.0] for task in table.tasks}, 5)}
+    found["CoOp", 5] = dataclasses.replace(found["CoOp", 5], seconds=3600.0 * 6)
+    head, row = footnotes.cost_rows(table, TOY, found)
+    assert row[head.index("hours")] == "1", "three tasks and two seeds are trained"
+
+
 def test_sequences_have_a_stage_for_each_task_and_an_order_for_each_seed():
     cell = cell_of("multilane", "MULTI-LANE", seeds=3)
     assert isinstance(cell, sequence_chains.SequenceCell) and len(cell.jobs) == 4
@@ -229,7 +291,7 @@ def test_sequences_have_a_stage_for_each_task_and_an_order_for_each_seed():
 # --- text ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mvlpt", "base_to_new", "multilane"])
+@pytest.mark.parametrize("name", ["mvlpt", "base_to_new"])
 def test_format_text_shows_every_published_row(name):
     table = tables.get_table(name).on(ELEVATER)
     text = format.text(table, ELEVATER, {}, {})
@@ -285,7 +347,7 @@ def small(monkeypatch):
         ("base_to_new", ("zero-shot", "CoOp", "CoCoOp"), {}),
         ("mvlpt_transfer", ("CoOp", "CoOp from toy_shape"), {}),
         ("clip_mpt", ("MPT", "shared prompt"), {}),
-        ("multilane", ("MULTI-LANE", "all tasks at once"), {}),
+        ("multilane", ("MULTI-LANE", "lanes start from the mean", "all tasks at once"), {}),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

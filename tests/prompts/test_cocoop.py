@@ -179,3 +179,13 @@ def test_evaluation_encodes_texts_for_each_image():
     scores = model.score_batch(params, batch)
     np.testing.assert_allclose(np.exp(scores).sum(-1), 1, rtol=1e-5)
     assert ClassObjective().softmax == "own"
+
+
+def test_initial_meta_nets_differ_between_groups_and_depend_on_names_only():
+    names = ["a_s0", "a_s1"]
+    both = CoCoOp(P).init(KEY, Runs(["a", "a"], names, "independent"), CONTEXT)
+    assert not np.array_equal(both["kernel_in"][0], both["kernel_in"][1])
+    for row, name in enumerate(names):
+        alone = CoCoOp(P).init(KEY, Runs(["a"], [name]), CONTEXT)
+        for part, values in alone.items():
+            np.testing.assert_array_equal(both[part][row], values[0])

@@ -103,7 +103,7 @@ def test_transformer_tokens_reach_each_other_unless_as_in_the_release(mixing, re
 
 
 def test_transformer_initial_values_are_torchs():
-    params = PromptTransformer().init(KEY, 1, {TEXT: 512, IMAGE: 768})
+    params = PromptTransformer().init([KEY], {TEXT: 512, IMAGE: 768})
     bounds = {
         f"{TEXT}_in/kernel": 512**-0.5,
         f"{IMAGE}_in/bias": 768**-0.5,
@@ -250,3 +250,15 @@ def test_upt_of_one_site_or_random_methods_fails():
     random = CrossPT(P, ["x"], init_sources=Uniform(), init_prompt=Uniform())
     with pytest.raises(ValueError, match="cannot draw prompts for each example"):
         UPT(random, PromptTuning(P))
+
+
+def test_initial_transformers_differ_between_groups_and_depend_on_names_only():
+    """So that repetitions in one job are independent, and equal to jobs of their own."""
+    method, names = made(), ["a_s0", "a_s1"]
+    both = method.init(KEY, Runs(["a", "a"], names, "independent"), CONTEXT)[TRANSFORMER]
+    kernels = both["query"]["kernel"]
+    assert not np.array_equal(kernels[0], kernels[1])
+    for row, name in enumerate(names):
+        alone = method.init(KEY, Runs(["a"], [name]), CONTEXT)[TRANSFORMER]
+        for part, values in flatten(alone).items():
+            np.testing.assert_array_equal(flatten(both)[part][row], values[0])

@@ -1,6 +1,7 @@
 """`mpt-jax paper TABLE`: runs or resumes the stages of a table, and prints the table.
 
-The tables are those of the MPT paper and our own (starts, transfer, crosspt*).
+The tables are those of the MPT paper, our own (starts, transfer, crosspt*), and those on images
+(mvlpt*, clip_mpt, multilane, base_to_new).
 
     mpt-jax paper table1 --suite toy        runs the toy suite with the tiny T5
     mpt-jax paper table1 --print            prints commands for a scheduler, in order
@@ -22,13 +23,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import seqio
 from absl import logging
 
 from mpt_jax.config import gin_utils
 from mpt_jax.core import schema
 from mpt_jax.core.old_names import current_text
 from mpt_jax.core.runs import look_up
+from mpt_jax.data.task_lookup import find_task
 from mpt_jax.evaluation import evaluator
 from mpt_jax.experiments import results
 from mpt_jax.experiments.paper import (
@@ -97,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpt-jax paper",
-        description="Runs a table of the MPT paper, or one of our own, and compares our results "
-        "with the paper's figures, if any.",
+        description="Runs a table of a paper, or one of our own, and compares our results with the "
+        "published figures, if any.",
         epilog="Tables: " + "; ".join(f"{t.name}, {t.title}" for t in tables.TABLES.values()),
     )
     parser.add_argument("table", help="which table")
@@ -155,8 +156,13 @@ def conditioned(table: Table, suite: Suite, args: argparse.Namespace) -> Table:
             "--balanced and --few-dev cannot be combined: a small validation split, such as CB's, "
             "has too few examples of a label. Drop one of them."
         )
+    if args.repeats > 1 and table.of_sequences:
+        raise ValueError(
+            f"--repeats would have no effect: the seeds of table {table.name!r} are repetitions "
+            "already. Drop it, or raise --seeds."
+        )
     suite.register()
-    tasks = [seqio.TaskRegistry.get(suite.tasks[name]) for name in table.tasks]
+    tasks = [] if table.of_sequences else [find_task(suite.tasks[name]) for name in table.tasks]
     if args.balanced and not any(evaluator.labels_of(task) for task in tasks):
         raise ValueError(
             f"--balanced would have no effect: no task of table {table.name!r} has labels. Drop it."
@@ -267,8 +273,8 @@ def majority_shares(table: Table, suite: Suite) -> dict[str, float]:
     known share. Shares are counted if the data are on this machine, and otherwise taken from
     published.toml."""
     shares = {} if suite.is_toy else dict(published.majority())
-    for name in table.tasks:
-        task = seqio.TaskRegistry.get(suite.tasks[name])
+    for name in table.tasks if not table.of_sequences else ():
+        task = find_task(suite.tasks[name])
         if not evaluator.labels_of(task):
             continue
         try:

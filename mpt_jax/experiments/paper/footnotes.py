@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import seqio
 from scipy import stats
 
+from mpt_jax.data.task_lookup import find_task
 from mpt_jax.evaluation import evaluator
 from mpt_jax.experiments import results
 from mpt_jax.experiments.paper import format
@@ -57,10 +57,13 @@ def sampling_rows(table: Table, suite: Suite, found: Found) -> Rows:
     tasks with fewer than `SMALL` test examples. Seeds share these examples, so the interval comes
     in addition to the spread over seeds."""
     rows = [["", "examples", "test examples", "accuracy", "95% interval"]]
-    for shots, name in itertools.product(table.shots, table.tasks):
+    tasks = () if table.of_sequences else table.tasks
+    for shots, name in itertools.product(table.shots, tasks):
         result, task = found.get((format.reference(table), shots)), suite.tasks[name]
-        count = seqio.TaskRegistry.get(task).num_input_examples("test")
-        if result is None or count is None or count >= SMALL:
+        if result is None:
+            continue
+        count = find_task(task).num_input_examples("test")
+        if count is None or count >= SMALL:
             continue
         if results.main_metric(result.scores[task]) != "accuracy":
             continue
@@ -96,12 +99,12 @@ def repeat_rows(table: Table, suite: Suite, found: Found) -> Rows:
 
 def cost_rows(table: Table, suite: Suite, found: Found) -> Rows:
     """Returns a table of trainable and stored parameters, operations and hours per run."""
-    del suite
+    untrained = {suite.tasks[name] for name in table.held_out}
     rows = [
         ["", "examples", "trained", "stored", "operations", "hours", "source hours", "backbone"]
     ]
     for (variant, shots), result in found.items():
-        runs = len(result.scores) * len(result.seeds) * table.repeats
+        runs = len(set(result.scores) - untrained) * len(result.seeds) * table.repeats
         operations = f"{result.operations / runs:.2g}" if result.operations else ""
         source = "" if result.source_seconds is None else f"{result.source_seconds / 3600:.2g}"
         sizes = [f"{number:,.0f}" for number in (result.parameters, result.stored)]
@@ -113,9 +116,9 @@ def cost_rows(table: Table, suite: Suite, found: Found) -> Rows:
 
 def missing_labels(table: Table, suite: Suite) -> list[str]:
     """Returns a line for each number of examples at which draws of a task lack a label, if the data
-    are on this machine. Balanced draws lack none."""
+    are on this machine. Draws that are balanced, or of each class, lack none."""
     few = [shots for shots in table.shots if shots is not None]
-    if not few or table.draws.balanced:
+    if not few or table.draws.balanced or table.draws.per_class:
         return []
     counts = {name: _draws_without_a_label(suite.tasks[name], few, table) for name in table.tasks}
     lines = []
@@ -129,7 +132,7 @@ def missing_labels(table: Table, suite: Suite) -> list[str]:
 
 def _draws_without_a_label(name: str, few: Sequence[int], table: Table) -> list[int]:
     """Returns the number of draws that lack a label of the task, for each number of examples."""
-    labels = evaluator.labels_of(seqio.TaskRegistry.get(name))
+    labels = evaluator.labels_of(find_task(name))
     if not labels:
         return [0] * len(few)
     runs = [[table.draws.run_name(name, k, seed) for seed in range(table.seeds)] for k in few]

@@ -41,8 +41,8 @@ def source_tasks(source: Source, suite: Suite, table: Table) -> list[str]:
 
 
 def draws(source: Source, table: Table, seed: int) -> range:
-    """Returns the draws of a source stage that the runs of a seed start from: others for each seed,
-    or the same for all."""
+    """Returns the draws of a source stage that the runs of a seed start from: distinct draws for
+    each seed, or the same draws for all seeds."""
     first = seed * source.draws if table.source_per_seed else 0
     return range(first + 1, first + source.draws + 1)
 

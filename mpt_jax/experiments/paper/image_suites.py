@@ -44,10 +44,10 @@ def _number_of_classes(task: str) -> int:
     return math.ceil(number / 2) if name != task else number
 
 
-def halves(sets: tuple[str, ...]) -> dict[str, str]:
-    """Returns the name of a half of a set's classes -> the name of its task, given the names of
-    tasks."""
-    return {f"{name}{half}": f"{name}{half}" for half in (BASE, NEW) for name in sets}
+def halves(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names of the tasks with half of the classes of `tasks`: the base classes of all,
+    then the new ones."""
+    return tuple(f"{name}{half}" for half in (BASE, NEW) for name in tasks)
 
 
 def _sequence(name: str, seed: int) -> list[str]:
@@ -59,8 +59,7 @@ def _sequence(name: str, seed: int) -> list[str]:
 IMAGES = Suite(
     name="images",
     tasks={name: f"elevater_{name}" for name in (*OTHERS, *ALSO_SOURCES)}
-    | halves(tuple(f"coop_{name}" for name in SOURCES))
-    | {VOC_SEQUENCE: VOC_SEQUENCE},
+    | {name: name for name in (*halves(tuple(f"coop_{x}" for x in SOURCES)), VOC_SEQUENCE)},
     sources={name: f"coop_{name}" for name in SOURCES},
     modules=tuple(f"mpt_jax.tasks.image_sets.{x}" for x in ("coop", "elevater", "multilane")),
     files=(),
@@ -70,6 +69,7 @@ IMAGES = Suite(
     rates={},
     tested_apart=True,
     sequence=_sequence,
+    sequence_steps=180,  # 30 epochs of 1,500 images, the mean over VOC's tasks, in batches of 256
 )
 
 # toy_tint and toy_gray_texture were used to choose the learning rates (docs/study/vision.md), so no
@@ -94,7 +94,7 @@ def _toy_sequence(name: str, seed: int) -> list[str]:
 
 TOY_IMAGES = Suite(
     name="toy_images",
-    tasks={name: name for name in (*TOY_TARGETS, *TOY_SOURCES)} | halves(TOY_HALVES),
+    tasks={name: name for name in (*TOY_TARGETS, *TOY_SOURCES, *halves(TOY_HALVES))},
     sources={name: name for name in TOY_SOURCES},
     modules=("mpt_jax.tasks.toy_image_tasks", "mpt_jax.tasks.toy_sequences"),
     files=("gin/tiny_vision.gin", "gin/runs/last_step.gin"),

@@ -7,6 +7,7 @@ from typing import Any
 from mpt_jax.experiments.paper import image_suites as suites
 from mpt_jax.experiments.paper import image_variants as variants
 from mpt_jax.experiments.paper.table import Table
+from mpt_jax.experiments.sequence_metrics import METRICS
 from mpt_jax.experiments.stages import Draws
 
 _SHOTS = (1, 5, 20)
@@ -14,7 +15,6 @@ _ELEVATER = {
     "others": suites.OTHERS,
     "all": (*suites.OTHERS, *suites.ALSO_SOURCES),
 }
-_METRICS = ("last", "average", "forgetting")
 _TOY = {"toy targets": suites.TOY_TARGETS}
 
 
@@ -48,14 +48,14 @@ TABLES = (
     ),
     _table(
         "mvlpt_parts",
-        "What the parts of MVLPT do (ours)",
+        "Ablation of MVLPT's parts (ours)",
         (variants.MUPT, *variants.COUPLINGS, variants.UNION, *variants.ONE_DRAW),
         shots=(5,),
         reference="MUPT",
     ),
     _table(
         "mvlpt_transfer",
-        "Which task's prompt helps which task",
+        "Transfer between tasks",
         tuple(x for name in _ELEVATER["all"] for x in variants.from_task(name)) + variants.SINGLE,
         groups={"all": _ELEVATER["all"]},
         shots=(20,),
@@ -88,15 +88,15 @@ TABLES = (
     Table(
         "multilane",
         "Tasks learned one after another (MULTI-LANE)",
-        variants.lanes(classes=20, selectors=(1, 20), merged=10),
+        variants.lanes(classes=20, selectors=(1, 20), merged=10, rows=255),
         {"sequence": (suites.VOC_SEQUENCE,)},
-        metrics={suites.VOC_SEQUENCE: _METRICS},
+        metrics={suites.VOC_SEQUENCE: METRICS},
         suites=suites.SUITES,
         of_sequences=True,
         toy={
-            "variants": variants.lanes(classes=12, selectors=(1, 10), merged=4),
+            "variants": variants.lanes(classes=12, selectors=(1, 10), merged=4, rows=16),
             "groups": {"sequence": (suites.TOY_SEQUENCE,)},
-            "metrics": {suites.TOY_SEQUENCE: _METRICS},
+            "metrics": {suites.TOY_SEQUENCE: METRICS},
             "seeds": 10,
         },
     ),

@@ -1,6 +1,6 @@
 """Methods on images, each a chain of stages: teachers, a source stage and a target stage.
 
-All of them adapt by MVLPT's target recipe (gin/mvlpt_target.gin).
+Prompts adapt by MVLPT's target recipe (gin/mvlpt_target.gin, gin/clip_mpt_target.gin).
 """
 
 from __future__ import annotations
@@ -72,6 +72,13 @@ MCOOP, MVPT, MUPT = MULTITASK = tuple(
 )
 COCOOP_VARIANT = _target("CoCoOp", COCOOP)
 
+TEACHERS = Source("clip_pt_source", ("gin/clip_pt_source.gin",), draws=1)
+# Teachers have prompts at both sites. Bindings that leave only those of a method's site.
+_OTHER_SITE = {
+    COOP: ("sites.SitePrompts.image_tokens = None",),
+    VPT: ("sites.SitePrompts.text_context = None",),
+}
+
 
 def from_task(task: str) -> tuple[Variant, ...]:
     """Returns the variants that start from the prompt of one task of the table, which was trained
@@ -82,8 +89,8 @@ def from_task(task: str) -> tuple[Variant, ...]:
             single.method,
             Source(
                 f"single_{single.rate}",
-                ("gin/mvlpt_source.gin", single.method),
-                ('GROUPS = "independent"',),
+                (TEACHERS.files[0], single.method),
+                _OTHER_SITE.get(single.method, ()),
                 draws=1,
                 of_targets=True,
             ),
@@ -112,7 +119,6 @@ ONE_DRAW = tuple(
 
 # --- MPT on CLIP ---------------------------------------------------------------------------------
 
-TEACHERS = Source("clip_pt_source", ("gin/clip_pt_source.gin",), draws=1)
 NO_DISTILLATION = "DISTILLATION = None"
 ONLY_TEXT = ("IMAGE_PROMPT = None",)
 ONLY_IMAGE = ("TEXT_PROMPT = None", "CONTEXT_LENGTH = 0")
@@ -158,8 +164,7 @@ MPT_ONES = _mpt(
     NO_DISTILLATION,
     "INIT_FACTORS = @init.ones",
 )
-# What MPT is compared with: one prompt for all source tasks, and one for each of them, of which a
-# target starts from the mean.
+# Baselines of MPT: one shared prompt, and one prompt per source task, averaged for the target.
 SHARED = _target("shared prompt", BOTH, _joint("shared", BOTH, draws=1))
 PER_TASK = _target("mean of prompts per task", BOTH, TEACHERS)
 SCRATCH_BOTH = _target("CoOp + VPT", BOTH)
@@ -172,13 +177,15 @@ def _lanes(name: str, *bindings: str, files: Sequence[str] = (), **rest) -> Vari
     return Variant(name, (stage, *files), "gin/methods/multi_lane.gin", bindings=bindings, **rest)
 
 
-def lanes(classes: int, selectors: tuple[int, ...], merged: int) -> tuple[Variant, ...]:
+def lanes(classes: int, selectors: tuple[int, ...], merged: int, rows: int) -> tuple[Variant, ...]:
     """Returns MULTI-LANE and variants of it.
 
     Args:
         classes: the number of classes of a sequence.
         selectors: other numbers of selectors than the default.
         merged: the number of tokens that are merged in place of selectors.
+        rows: the number of examples per step if all tasks are trained at once, a multiple of their
+            number.
     """
     return (
         _lanes("MULTI-LANE"),
@@ -190,6 +197,11 @@ def lanes(classes: int, selectors: tuple[int, ...], merged: int) -> tuple[Varian
         _lanes("no drop and replace", "DROP_AND_REPLACE = False"),
         _lanes("features not normalized", "NORMALIZE = False"),
         _lanes("loss over all classes", f"ALL_CLASSES = {classes}"),
-        _lanes("lanes start from the mean", "START_FROM = 'same_or_average'"),
-        _lanes("all tasks at once", files=("gin/runs/joint_lanes.gin",), together=True),
+        _lanes("lanes start from the mean", "sequence.start_from.mean = True"),
+        _lanes(
+            "all tasks at once",
+            f"BATCH_SIZE = {rows}",
+            files=("gin/runs/joint_lanes.gin",),
+            joint=True,
+        ),
     )

@@ -6,6 +6,7 @@ A score is one of `sequence_metrics`, over all tasks of a sequence.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,6 @@ from mpt_jax.experiments.paper.table import Table
 from mpt_jax.experiments.paper.variants import Variant
 from mpt_jax.experiments.results import Result
 from mpt_jax.experiments.stages import Run, Stage, quoted
-
-METRICS = ("last", "average", "forgetting")  # variants are compared by the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class SequenceCell(Cell):
         del suite
         job = self.jobs[-1]
         by_seed = [self._scores(root, tasks) for tasks in self.sequences]
-        scores = {m: [getattr(x, m) for x in by_seed] for m in METRICS}
+        scores = {m: [getattr(x, m) for x in by_seed] for m in sequence_metrics.METRICS}
         record = results.read_record(root / job.name)
         saved = results.read_artifact_config(root / job.name / ARTIFACT)
         trained = record["trainable_parameters"]
@@ -50,6 +49,7 @@ class SequenceCell(Cell):
             seconds=sum(results.training_seconds(root / x.name) for x in self.jobs),
             model_dirs=tuple(str(root / x.name) for x in self.jobs),
             seeds=tuple(range(len(self.sequences))),
+            stored=sum(math.prod(shape) for shape in saved.shapes.values()) / len(self.sequences),
             backbone_parameters=record["parameters"] - trained,
             backbone=saved.backbone,
         )
@@ -81,7 +81,7 @@ def _cell(
     sequences: tuple[tuple[str, ...], ...],
 ) -> SequenceCell:
     length, jobs = len(sequences[0]), []
-    for step in [length] if variant.together else range(1, length + 1):
+    for step in [length] if variant.joint else range(1, length + 1):
         bindings = [
             *variant.bindings,
             f"SEQUENCES = {quoted(sequences)}",
@@ -95,6 +95,6 @@ def _cell(
         runs = tuple(Run(task, 0, task) for task in seen)
         folder = f"{variant.folder}/{name}_s0-{len(sequences) - 1}/stage_{step}"
         files = (*variant.files, *suite.files)
-        steps = suite.sequence_steps
+        steps = suite.sequence_steps and suite.sequence_steps * (length if variant.joint else 1)
         jobs.append(Stage(folder, files, tuple(bindings), runs, steps))
     return SequenceCell(variant, None, (), tuple(jobs), (), tuple(jobs), name, sequences)

@@ -1,4 +1,4 @@
-"""What a table consists of: variants, tasks, numbers of examples, seeds (its stages: chains.py)."""
+"""A table: its variants, tasks, numbers of examples and seeds. Its stages are in chains.py."""
 
 from __future__ import annotations
 
