@@ -19,7 +19,7 @@ from mpt_jax.data.task_lookup import find_task
 from mpt_jax.experiments.report import __main__ as command
 from mpt_jax.experiments.report import figures, lane_job, lane_pictures
 from mpt_jax.prompts.prompt_tuning import PromptTuning
-from tests.fixtures import lane_jobs, reference_lanes, saved_artifacts
+from tests.fixtures import lane_jobs, lane_serving, reference_lanes, saved_artifacts
 from tests.fixtures.image_jobs import run_job
 from tests.fixtures.report_folders import Reader, titles, write_lines
 
@@ -147,6 +147,15 @@ def test_what_cannot_be_shown_is_an_error(model_dir, tmp_path, capsys):
     assert "has prompts of the method 'prompt_tuning'" in failed(capsys, tmp_path, "--images", 1)
     (tmp_path / "run.jsonl").unlink()
     assert "is no MODEL_DIR of a job" in failed(capsys, tmp_path, "--images", 1)
+
+
+def test_job_without_evaluation_is_an_error(clip, tmp_path, capsys, monkeypatch):
+    lane_serving.save(tmp_path / "artifact", clip)
+    write_lines(tmp_path / "run.jsonl", [{"seed": 1}])
+    monkeypatch.setattr(lane_job, "_read_job", lambda _: lane_job._Job(None, None, None))
+    error = failed(capsys, tmp_path, "--images", 1)
+    assert "evaluates no data" in error
+    assert "Omit --images, or train without gin/runs/no_evaluation.gin." in error
 
 
 @pytest.mark.slow

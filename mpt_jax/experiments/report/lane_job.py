@@ -104,12 +104,12 @@ def seen_images(model_dir: Path, count: int) -> tuple[tuple[str, ...], list[Seen
         )
     artifact = _artifact(model_dir)
     job = _read_job(model_dir)
-    model, params = _with_prompts(job, artifact)
     if job.data is None:
         raise ValueError(
             f"The job in {model_dir} evaluates no data, so there are no images to show. Omit "
-            "--images, or train with EVAL_PERIOD above 0."
+            "--images, or train without gin/runs/no_evaluation.gin."
         )
+    model, params = _with_prompts(job, artifact)
     samples = list(_samples(model, job.data, count))
     attend = jax.jit(functools.partial(lane_attention.lane_attention, model))
     score = jax.jit(model.score_batch)
