@@ -59,7 +59,8 @@ def test_evaluation_of_the_artifact_gives_the_scores_of_training(clip, job, tmp_
     artifact = str(root / "linear_probe" / "artifact")
     given = inference(clip, tmp_path, INITIAL_ARTIFACT=artifact)
     assert run_job(READ, given, "eval") == {0: scores}
-    with pytest.raises(ValueError, match="has heads .*'linear_probe'.*linear_probe.gin"):
+    files = "gin/models/clip_classifier.gin and gin/methods/linear_probe.gin"
+    with pytest.raises(ValueError, match=f"has heads .*'linear_probe'.*with {files}"):
         refuse_heads([artifacts.load_artifact(artifact)])
 
 

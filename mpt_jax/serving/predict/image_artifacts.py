@@ -57,7 +57,7 @@ def refuse_heads(found: Sequence[Artifact]) -> None:
             raise ValueError(
                 f"The artifact {artifact.path} has heads without lanes (method {kind!r}), which "
                 "this server cannot run. Use `python -m t5x.infer` with "
-                f"gin/models/prompted_vit.gin and gin/methods/{kind}.gin."
+                f"gin/models/clip_classifier.gin and gin/methods/{kind}.gin."
             )
 
 
