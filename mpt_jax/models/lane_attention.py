@@ -1,4 +1,4 @@
-"""Attention of the lanes of a classifier over the patches of images, for people to look at."""
+"""Attention weights of a classifier's lanes over the patches of images, for the report."""
 
 from __future__ import annotations
 

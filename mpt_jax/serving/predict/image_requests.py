@@ -77,8 +77,8 @@ class ImageReader:
         if mode not in MODES:
             raise ValueError(f"Unknown mode {mode!r}. Set it to {' or '.join(MODES)}.")
         self._rows = {name: row for row, name in enumerate(names)}
-        names = ("size", "mode", "resize_to")
-        self._transform: dict[str, Any] = {name: transform.get(name) for name in names}
+        settings = ("size", "mode", "resize_to")
+        self._transform: dict[str, Any] = {name: transform.get(name) for name in settings}
         self._mode, self._lanes, self._no_classes = mode, lanes, no_classes
 
     def read(self, line: bytes, number: int) -> ImageRequest | Failure:

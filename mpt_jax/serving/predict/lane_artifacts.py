@@ -1,5 +1,5 @@
-"""What an image server reads from artifacts with lanes (MULTI-LANE): the lanes and heads of all
-rows, and the sequences that these are of."""
+"""Model, parameters and class names that an image server builds from artifacts with lanes
+(MULTI-LANE)."""
 
 from __future__ import annotations
 
