@@ -113,7 +113,7 @@ class ClassScores:
         contexts = self.prompt.compose_site(
             TEXT, params["prompt"], self.runs, batch["task_ids"], given
         )
-        encode = self._text_encoder(params)
+        encode = self.text_encoder(params)
 
         @jax.checkpoint
         def one(given: tuple[Array, Array, Array]) -> Array:
@@ -175,11 +175,11 @@ class ClassScores:
             given = PromptContext(key=key)
             prompts = self.prompt.compose_site(TEXT, params["prompt"], self.runs, rows, given)
         whole_groups = self.objective.softmax == class_losses.UNION
-        encode = self._text_encoder(params)
+        encode = self.text_encoder(params)
         return self.bank.encode(encode, prompts, batch, self.text_chunk, whole_groups)
 
-    def _text_encoder(self, params: Params) -> Encode:
-        """Returns the function that encodes texts for the bank."""
+    def text_encoder(self, params: Params) -> Encode:
+        """Returns the function that encodes texts, as `ClassBank.encode` takes it."""
         variables = tower_variables(params, "text_encoder")
 
         def encode(tokens: Array, rows: Array | None, slots: Array, eot: Array) -> Array:

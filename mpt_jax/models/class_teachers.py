@@ -46,7 +46,7 @@ class ClassTeachers:
     text_features: Callable[..., Array]
     encode_images: Callable[..., Array]
     scaled: Callable[..., Array]
-    _text_encoder: Callable[..., Any]
+    text_encoder: Callable[..., Any]
 
     @property
     def reads_teachers(self) -> bool:
@@ -120,7 +120,7 @@ class ClassTeachers:
     ) -> Float[Array, "N U"]:
         """Returns the features of the bank's entries, with the contexts of teachers or, without
         contexts, with the templates of each task."""
-        encode = self._text_encoder(params)
+        encode = self.text_encoder(params)
         if contexts is not None:
             if classes := self.prompt.text_classes:
                 contexts = contexts.reshape(len(contexts), classes, -1, contexts.shape[-1])

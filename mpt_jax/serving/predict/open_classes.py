@@ -6,16 +6,19 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mpt_jax.batching.clip_tokenizer import ClipTokenizer
-from mpt_jax.core.runs import Runs
-from mpt_jax.core.shapes import Float
-from mpt_jax.models.class_texts import TaskClasses
+from mpt_jax.core.shapes import Array, Float, Int, Params
+from mpt_jax.models.class_texts import ClassTexts, TaskClasses
 from mpt_jax.models.dual_encoder import PromptedDualEncoder
+from mpt_jax.prompts.sites import TEXT
 from mpt_jax.serving.predict.image_artifacts import Inputs, texts_of
 
 KEPT = 16  # lists of class names whose features are kept
+MOST_TEXTS = 2_048  # of a request
+CHUNK = 32  # texts that are encoded at a time
 NAME = "request"  # of the task, in errors
 
 
@@ -34,6 +37,7 @@ class OpenClasses:
     ):
         self._model, self._params = model, params
         self._inputs, self._tokenizer = inputs, tokenizer
+        self._encode = jax.jit(functools.partial(_encode, model))
         self.features = functools.lru_cache(KEPT)(self._features)
 
     def _features(self, row: int, names: tuple[str, ...]) -> Float[np.ndarray, "C U"]:
@@ -41,15 +45,60 @@ class OpenClasses:
         row.
 
         Raises:
-            ValueError: a name is empty, repeated or too long for the text encoder.
+            ValueError: there are more than `MOST_TEXTS` texts, or a name is empty, repeated or too
+                long for the text encoder.
         """
         served, task = self._model, self._inputs.tasks[row]
+        if TEXT not in served.prompt.parts:
+            _check_number(len(names), len(task.templates))
         classes = TaskClasses(NAME, names, task.templates, task.multi_label)
         inputs = Inputs(self._inputs.transform, self._inputs.position, (classes,))
         texts = texts_of(inputs, served.prompt, self._tokenizer, served.module.config)
-        model = PromptedDualEncoder(served.module, served.prompt, Runs([NAME]), texts)
-        prompt = jax.tree.map(lambda x: x[row : row + 1], self._params["prompt"])
-        return np.asarray(model.text_features({**self._params, "prompt": prompt}))
+        features = self._of_texts(row, texts)
+        sums = np.zeros((len(names), features.shape[1]), np.float32)
+        np.add.at(sums, texts.class_of_text, features)
+        return sums / np.linalg.norm(sums, axis=1, keepdims=True)
+
+    def _of_texts(self, row: int, texts: ClassTexts) -> Float[np.ndarray, "n U"]:
+        """Returns the normalized feature of every text. Chunks and texts have the same sizes for
+        all requests, so that one program encodes them."""
+        number, length = texts.tokens.shape
+        text = self._model.module.config.text
+        assert text is not None
+        padding = (0, -number % CHUNK), (0, text.context_length - length)
+        arrays = np.pad(texts.tokens, padding), np.pad(texts.slots, padding)
+        arrays = *arrays, np.pad(texts.eot, padding[0])
+        found = [
+            self._encode(self._params, np.int32(row), *(x[first : first + CHUNK] for x in arrays))
+            for first in range(0, number, CHUNK)
+        ]
+        return np.concatenate(found)[:number]
+
+
+def _encode(
+    model: PromptedDualEncoder,
+    params: Params,
+    row: Int[Array, ""],
+    tokens: Int[Array, "n T"],
+    slots: Int[Array, "n T"],
+    eot: Int[Array, " n"],
+) -> Float[Array, "n U"]:
+    """Returns the normalized features of texts with the context of a row, if it has one."""
+    rows = None
+    if TEXT in model.prompt.parts:
+        (context,) = model.prompt.compose_site(TEXT, params["prompt"], model.runs, row[None])
+        rows = context[jnp.maximum(slots - 1, 0)]
+    return model.text_encoder(params)(tokens, rows, slots, eot)
+
+
+def _check_number(names: int, templates: int) -> None:
+    """Raises ValueError if a request has too many texts."""
+    if names * templates > MOST_TEXTS:
+        raise ValueError(
+            f"The request has {names:,} class names, which make {names * templates:,} texts with "
+            f"the {templates:,} templates of the task, and the limit is {MOST_TEXTS:,}. Send at "
+            f"most {MOST_TEXTS // templates:,} names at a time."
+        )
 
 
 def unsupported(model: PromptedDualEncoder) -> str | None:

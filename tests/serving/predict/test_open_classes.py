@@ -74,6 +74,44 @@ def test_features_of_a_list_are_kept(clip, tmp_path, monkeypatch):
     assert len(encoded) == 2, "another context"
 
 
+@pytest.mark.parametrize("kind", ["coop", "vpt"])
+def test_lists_of_any_size_and_length_run_one_program(kind, clip, tmp_path):
+    """More texts than a chunk, and texts of several lengths; features as if encoded at once."""
+    many = tuple(f"animal of kind {i}" for i in range(open_classes.CHUNK + 3))
+    lists = [NAMES, many, ["cat", "a wolf of a wolf"]]
+    saved = save(tmp_path / "a", clip, kind)
+    server = load(clip, saved)
+    for names in lists:
+        changed = [dataclasses.replace(task, names=tuple(names)) for task in (PETS, SHAPES)]
+        other = save(tmp_path / f"{len(names)}", clip, kind, tasks=(*changed, TAGS))
+        tasks = [request(task, PIXELS, classes=list(names)) for task in ("pets", "shapes")]
+        for task, answer in zip(("pets", "shapes"), ask(server, tasks, "score"), strict=True):
+            assert answer["scores"] == pytest.approx(other.scores(task, PIXELS), abs=1e-5)
+    assert server._open._encode._cache_size() == 1
+
+
+def test_too_many_texts_of_a_request_are_an_error(clip, tmp_path, monkeypatch):
+    templates = tuple(f"{i} {{}}" for i in range(80))
+    tasks = (dataclasses.replace(PETS, templates=templates), SHAPES, TAGS)
+    names = [f"class {i}" for i in range(1000)]
+    vpt = load(clip, save(tmp_path / "vpt", clip, "vpt", tasks=tasks))
+    monkeypatch.setattr(open_classes, "texts_of", lambda *_: pytest.fail("made texts"))
+    wrong, right = ask(vpt, [request("pets", PIXELS, classes=names), request("pets", PIXELS)])
+    assert wrong["error"] == (
+        "The request has 1,000 class names, which make 80,000 texts with the 80 templates of the "
+        "task, and the limit is 2,048. Send at most 25 names at a time."
+    )
+    assert right["prediction"] in PETS.names
+
+
+@pytest.mark.parametrize(("kind", "fits"), [("coop", True), ("vpt", False)])
+def test_templates_count_only_without_a_context(kind, fits, clip, tmp_path, monkeypatch):
+    server = load(clip, save(tmp_path / "a", clip, kind))
+    monkeypatch.setattr(open_classes, "MOST_TEXTS", 2 * len(NAMES) - 1)
+    (answer,) = ask(server, [request("pets", PIXELS, classes=NAMES)])
+    assert ("prediction" in answer) == fits and ("error" in answer) != fits
+
+
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
