@@ -53,6 +53,16 @@ from mpt_jax.serving.predict.requests import Failure
 from mpt_jax.serving.prompt_bank import Named
 
 Answer = dict[str, Any]
+Indexed = tuple[int, ImageRequest]  # a request after its position among requests
+
+_MISSING_CLIP = (
+    "These prompts are of a CLIP, which is not shipped. Set --backbone to its Hugging Face or "
+    "open_clip folder, with vocab.json and merges.txt."
+)
+_MISSING_VIT = (
+    "These lanes are of a ViT or CLIP, which is not shipped. Set --backbone to its Hugging Face or "
+    "open_clip folder."
+)
 
 
 class ImageServer:
@@ -60,8 +70,9 @@ class ImageServer:
 
     Args:
         model: the model, with one run per name.
-        params: its parameters; the server keeps the features of all classes instead of the text
-            encoder, unless they depend on the image.
+        params: its parameters. The server computes the features of all classes once, unless they
+            depend on the image. It keeps the text encoder if they do, or if requests can bring
+            class names.
         inputs: how inputs are made.
         batch_size: the number of images that are encoded at a time.
         digests: what answers depend on besides the requests, for resumable outputs.
@@ -80,7 +91,7 @@ class ImageServer:
         inputs: Inputs,
         batch_size: int,
         digests: dict[str, Any],
-        tokenizer: ClipTokenizer | None = None,
+        tokenizer: ClipTokenizer | None,
     ):
         self.names = model.runs.run_names
         self.digests = digests
@@ -90,14 +101,16 @@ class ImageServer:
             self.params = {n: x for n, x in self.params.items() if n != "text_encoder"}
         self._batch_size = batch_size
         self._score = jax.jit(model.score_batch)
+        self._encode = jax.jit(model.image_features)
         self.lanes = isinstance(model, PromptedClassifier)
         self._no_classes = "they have lanes" if self.lanes else unsupported(model)
+        self._open = None
+        if tokenizer is not None and self._no_classes is None:
+            self._open = OpenClasses(model, params, inputs, tokenizer)
+        self._score_seen, self._seen, self._mixed = None, [], {}
         if isinstance(model, PromptedClassifier):
             self._score_seen = jax.jit(model.score_seen_batch)
             self._seen, self._mixed = seen_classes(model), mixed_rows(model)
-        if tokenizer is not None and self._no_classes is None:
-            self._open = OpenClasses(model, params, inputs, tokenizer)
-            self._encode = jax.jit(model.image_features)
 
     @classmethod
     def load(
@@ -122,21 +135,19 @@ class ImageServer:
 
         Raises:
             FileNotFoundError: an artifact or the backbone does not exist.
-            ValueError: the artifacts disagree, were trained with another backbone or tokenizer, or
-                do not fit the backbone; only some have lanes; they have more than `MOST_TEXTS`
-                class texts; two rows have the same name; or `batch_size` is not positive.
+            ValueError: `path` is None; the artifacts disagree, were trained with another backbone
+                or tokenizer, or do not fit the backbone; only some have lanes; they have more than
+                `MOST_TEXTS` class texts; two rows have the same name; or `batch_size` is not
+                positive.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}. Set --batch-size to at least 1.")
-        if path is None:
-            raise ValueError(
-                "These prompts are of a CLIP, which is not shipped. Set --backbone to its Hugging "
-                "Face or open_clip folder, with vocab.json and merges.txt."
-            )
         sources = [Named.parse(text) for text in prompts]
         found = [artifacts.load_artifact(source.folder) for source in sources]
         refuse_heads(found)
         lanes = have_lanes(found)
+        if path is None:
+            raise ValueError(_MISSING_VIT if lanes else _MISSING_CLIP)
         config = dataclasses.replace(read_clip_config(path), dtype=dtype)
         if config.text is None and not lanes:
             raise ValueError(
@@ -174,39 +185,51 @@ class ImageServer:
 
     def answer(self, requests: Sequence[ImageRequest | Failure]) -> list[Answer]:
         """Returns one answer for each request, in their order."""
-        answers: list[Answer] = [
-            {**x.label, "error": x.error} if isinstance(x, Failure) else {} for x in requests
-        ]
-        jobs = [(i, x) for i, x in enumerate(requests) if isinstance(x, ImageRequest)]
-        kinds = (
-            (lambda x: x.classes is not None, "_encode", self._open_answer),
-            (lambda x: x.seen, "_score_seen", self._seen_answer),
-            (lambda x: not x.seen and x.classes is None, "_score", self._answer),
-        )
-        for is_asked, function, found in kinds:
-            asked = [(i, x) for i, x in jobs if is_asked(x)]
-            for first in range(0, len(asked), self._batch_size):
-                part = asked[first : first + self._batch_size]
-                rows = self._run(getattr(self, function), part)
-                for (index, request), row in zip(part, rows, strict=False):
-                    answers[index] = {**request.label, **found(request, row)}
+        answers: dict[int, Answer] = {}
+        valid: list[Indexed] = []
+        for index, request in enumerate(requests):
+            if isinstance(request, Failure):
+                answers[index] = {**request.label, "error": request.error}
+            else:
+                valid.append((index, request))
+        brought = [(index, x) for index, x in valid if x.classes is not None]
+        seen = [(index, x) for index, x in valid if x.seen]
+        plain = [(index, x) for index, x in valid if not x.seen and x.classes is None]
+        answers |= self._answers(plain, self._score, self._answer)
+        answers |= self._answers(brought, self._encode, self._open_answer)
+        if self._score_seen is not None:
+            answers |= self._answers(seen, self._score_seen, self._seen_answer)
+        return [answers[index] for index in range(len(requests))]
+
+    def _answers(
+        self,
+        requests: Sequence[Indexed],
+        function: Callable[..., jax.Array],
+        answer: Callable[[ImageRequest, np.ndarray], Answer],
+    ) -> dict[int, Answer]:
+        """Returns the answers to requests of one kind by their index, given a function of the model
+        that reads their images, and one that makes an answer of its row."""
+        answers = {}
+        for first in range(0, len(requests), self._batch_size):
+            part = requests[first : first + self._batch_size]
+            rows = self._run(function, [request for _, request in part])
+            for (index, request), row in zip(part, rows, strict=False):
+                answers[index] = {**request.label, **answer(request, row)}
         return answers
 
-    def _run(
-        self, function: Callable[..., jax.Array], part: Sequence[tuple[int, ImageRequest]]
-    ) -> np.ndarray:
+    def _run(self, function: Callable[..., jax.Array], part: Sequence[ImageRequest]) -> np.ndarray:
         """Returns what a function of the model computes from the images of requests, with rows of
         padding."""
         # Repeats rows as padding.
         rows = np.resize(np.arange(len(part)), self._batch_size).tolist()
         batch = {
-            "image": np.stack([part[row][1].image for row in rows]),
-            "task_ids": np.array([part[row][1].row for row in rows], np.int32),
+            "image": np.stack([part[row].image for row in rows]),
+            "task_ids": np.array([part[row].row for row in rows], np.int32),
         }
         return np.asarray(function(self.params, batch))
 
     def _open_answer(self, request: ImageRequest, feature: np.ndarray) -> Answer:
-        assert request.classes is not None
+        assert self._open is not None and request.classes is not None
         multi = self.inputs.tasks[request.row].multi_label
         try:
             texts = self._open.features(request.row, request.classes)

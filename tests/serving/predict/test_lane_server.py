@@ -281,6 +281,12 @@ def test_load_other_sizes_than_the_backbone_fail(clip, tmp_path, monkeypatch):
         load(vit, saved.folder)
 
 
+def test_load_lanes_without_backbone_fails(saved):
+    says = "These lanes are of a ViT or CLIP, .* or open_clip folder.$"
+    with pytest.raises(ValueError, match=says):
+        ImageServer.load([saved.folder], None)
+
+
 def test_load_lanes_on_another_backbone_fails(clip, saved, tmp_path):
     with pytest.raises(ValueError, match="another backbone.*sha256 of its embedding"):
         load(lane_serving.write_vit(tmp_path / "vit"), saved.folder)
