@@ -206,12 +206,85 @@ def test_page_without_source_prompts_says_so(tmp_path):
 def test_methods_have_separate_maps(tmp_path):
     gains = [[1.0, 2.0], [3.0, -4.0]]
     found = [
-        *matrix("CoOp", gains, ["rte", "cb"], ["rte", "cb"]),
-        *matrix("VPT", gains, ["rte", "cb"], ["rte", "cb"]),
+        *matrix("CoOp", gains, ["mnli", "qqp"], ["rte", "cb"]),
+        *matrix("VPT", gains, ["mnli", "qqp"], ["rte", "cb"]),
     ]
     alts = Reader(page_of(tmp_path, found)).alts
-    assert "Gain by source and target, VPT, k = 32. Best source: rte cb +1.0, cb rte +3.0." in alts
+    best = "Best source: rte qqp +1.0, cb mnli +3.0."
+    assert f"Gain by source and target, VPT, k = 32. {best}" in alts
     assert any(alt.startswith("Gain by source and target, CoOp, k = 32.") for alt in alts)
+
+
+SQUARE = np.array(
+    [[0.0, 5.0, 1.0, 4.0], [2.0, 0.0, 8.0, -3.0], [-1.0, 4.5, 0.0, 3.0], [1.0, -6.0, 6.5, 0.0]]
+)
+NAMES = ["rte", "cb", "wic", "boolq"]
+
+
+def parts_of(html):
+    """The rows of the ranking and of the groups of a page, and the texts of its figures."""
+    tables = [
+        html.split(f"<h3>{name}, k = 32</h3>")[1].split("</table>")[0]
+        for name in ("Ranking of sources", "Groups of targets")
+    ]
+    rows = [
+        [re.findall(r"<t[dh](?: [^>]*)?>(.*?)</t[dh]>", row) for row in table.split("<tr>")[1:]]
+        for table in tables
+    ]
+    return *rows, [alt for alt in Reader(html).alts if "Best source" in alt or "Cosine" in alt]
+
+
+@pytest.mark.parametrize("has_old", [True, False])
+def test_tasks_as_their_own_source_are_only_in_the_heat_map(has_old, tmp_path):
+    old = [result("PT", **{name: [50.0, 50.0] for name in NAMES})] * has_old
+    found = [[*old, *matrix("PT", SQUARE + own * np.eye(4), NAMES, NAMES)] for own in (30.0, -30.0)]
+    pages = [page_of(tmp_path, x) for x in found]
+    ranks, groups, alts = parts_of(pages[0])
+    assert (ranks, groups, alts) == parts_of(pages[1])
+    apart = np.where(np.eye(4, dtype=bool), np.nan, SQUARE)
+    apart = apart if has_old else apart - np.nanmean(apart, 0)
+    expected = [*apart.T, np.nanmean(apart, 1)]
+    for (_, *cells), gains in zip(ranks[1:], expected, strict=True):
+        order = [i for i in np.argsort(-gains, kind="stable") if not np.isnan(gains[i])]
+        named = [f"{NAMES[i]} {gains[i]:+.1f}" for i in order]
+        assert [cell for cell in cells if cell] == named and cells[-1] == named[-1]
+    best = [f"{task} {cells[1]}" for task, cells in zip(NAMES, ranks[1:], strict=False)]
+    assert alts[0] == f"Gain by source and target, k = 32. Best source: {', '.join(best)}."
+    assert len(groups) == 3 and {frozenset(x[1].split(", ")) for x in groups[1:]} == (
+        clusters(apart.T)
+    )
+    one, other = (transfer.of_results(x)[0].gains for x in found)
+    np.testing.assert_allclose(one - other, 60 * np.eye(4), atol=1e-9)
+    for html in pages:
+        assert "Tasks that are their own source do not enter means, rankings or groups." in html
+
+
+def clusters(rows):
+    """The groups of incomplete rows by scikit-learn, over the entries that both have."""
+    known = [[np.isfinite(x) & np.isfinite(y) for y in rows] for x in rows]
+    similar = [
+        [cosine_similarity([x[both]], [y[both]])[0, 0] for y, both in zip(rows, of, strict=True)]
+        for x, of in zip(rows, known, strict=True)
+    ]
+    labels = AgglomerativeClustering(
+        None, metric="precomputed", linkage="average", distance_threshold=1 - transfer.SIMILAR
+    ).fit_predict(1 - np.array(similar))
+    return {frozenset(NAMES[i] for i in np.flatnonzero(labels == x)) for x in set(labels)}
+
+
+def test_target_whose_only_source_is_itself_has_no_ranking(tmp_path):
+    found = matrix("PT", [[1.0, 2.0]], ["rte"], ["rte", "cb"]) + matrix(
+        "PT", [[5.0]], ["cb"], ["cb"]
+    )
+    (pt,) = transfer.of_results(found)
+    np.testing.assert_array_equal(pt.gains, [[np.nan, 0.0], [np.nan, 3.0]])
+    ranks, _, alts = parts_of(page_of(tmp_path, found))
+    assert ranks[1:] == [
+        ["rte", "", ""],
+        ["cb", "rte +0.0", ""],
+        ["mean over targets", "rte +0.0", ""],
+    ]
+    assert alts[0].endswith("Best source: cb rte +0.0.")
 
 
 # --- Zero-shot -----------------------------------------------------------------------------------

@@ -30,9 +30,10 @@ class Transfer(NamedTuple):
         shots: The number of training examples; None for all.
         by_source: Source -> result.
         targets: The target tasks.
-        gains: [S, T] the mean gain in points, NaN for tasks without a result.
+        gains: [S, T] the mean gain in points, NaN for tasks without a result. A target that is also
+            a source has a gain from itself.
         old: The result without a source that gains are relative to. None: they are relative to the
-            mean over the sources.
+            mean over the other tasks that are sources.
     """
 
     method: str
@@ -46,6 +47,11 @@ class Transfer(NamedTuple):
     def sources(self) -> list[str]:
         """The names of the sources."""
         return list(self.by_source)
+
+    @property
+    def gains_from_others(self) -> Float[np.ndarray, "S T"]:
+        """The gains, NaN where a task is its own source."""
+        return from_others(self.gains, self.sources, self.targets)
 
 
 def without_source(method: str) -> str:
@@ -96,8 +102,22 @@ def _transfer(
         for task, gain in found.items():
             gains[row, targets.index(task)] = gain
     if old is None:
-        gains = gains - np.nanmean(gains, 0)
+        gains = gains - known_mean(from_others(gains, list(by_source), targets), 0)
     return Transfer(method, shots, by_source, targets, gains, old)
+
+
+def from_others(
+    values: Float[np.ndarray, "S T"], sources: Sequence[str], targets: Sequence[str]
+) -> Float[np.ndarray, "S T"]:
+    """Returns values by source and target, NaN where both are the same task."""
+    same = np.array([[source == target for target in targets] for source in sources])
+    return np.where(same, np.nan, values)
+
+
+def known_mean(values: Float[np.ndarray, "_ _"], axis: int) -> Float[np.ndarray, " _"]:
+    """Returns the mean of the values that are not NaN; NaN if all are."""
+    count = np.isfinite(values).sum(axis)
+    return np.where(count > 0, np.nansum(values, axis) / np.maximum(count, 1), np.nan)
 
 
 def ranking(gains: Float[np.ndarray, "S"]) -> list[int]:

@@ -54,18 +54,20 @@ def _caption(found: Sequence[Transfer]) -> str:
         else f"{method} minus its mean over the sources"
         for method, old in pairs
     ]
-    return f"Mean gain in points, by source and target: {'; '.join(parts)}."
+    own = any(set(each.sources) & set(each.targets) for each in found)
+    note = " Tasks that are their own source do not enter means, rankings or groups." if own else ""
+    return f"Mean gain in points, by source and target: {'; '.join(parts)}.{note}"
 
 
 def _heat_map(each: Transfer, title: str) -> str:
     rows, columns = list(map(short, each.sources)), list(map(short, each.targets))
     best = [
         f"{task} {rows[order[0]]} {column[order[0]]:+.1f}"
-        for task, column in zip(columns, each.gains.T, strict=True)
+        for task, column in zip(columns, each.gains_from_others.T, strict=True)
         if (order := transfer.ranking(column))
     ]
     alt = f"Gain by source and target, {title}. Best source: {', '.join(best)}."
-    scale = max(float(np.nanmax(np.abs(each.gains))), 1.0)
+    scale = float(np.max(np.nan_to_num(np.abs(each.gains)), initial=1.0))
     panel = Panel(title, "target", "source", alt)
     return figures.heat_map(panel, rows, columns, each.gains, scale, "+.1f")
 
@@ -75,7 +77,7 @@ def _details(content: Content, each: Transfer, title: str) -> list[str]:
     blocks = [page.heading(name), page.table(_ranks(each), name)]
     if len(each.targets) > 1:
         name = f"Groups of targets, {title}"
-        similar = transfer.row_cosines(each.gains.T)
+        similar = transfer.row_cosines(each.gains_from_others.T)
         groups = transfer.grouped(similar)
         order = [row for group in groups for row in group]
         shown = [short(each.targets[row]) for row in order]
@@ -90,24 +92,23 @@ def _details(content: Content, each: Transfer, title: str) -> list[str]:
 
 def _ranks(each: Transfer) -> list[list[str]]:
     """Returns a table of the best sources of each target, and the worst one."""
-    columns = {short(task): column for task, column in zip(each.targets, each.gains.T, strict=True)}
-    columns["mean over targets"] = np.nanmean(each.gains, 1)
+    gains = each.gains_from_others
+    columns = {short(task): column for task, column in zip(each.targets, gains.T, strict=True)}
+    columns["mean over targets"] = transfer.known_mean(gains, 1)
     ranks = min(MOST_RANKS, len(each.sources) - 1)
     rows = [["", *(f"{rank}." for rank in range(1, ranks + 1)), "last"]]
     for task, column in columns.items():
         order = transfer.ranking(column)
         named = [f"{short(each.sources[i])} {column[i]:+.1f}" for i in order]
-        rows.append([task, *(named[:-1] + [""] * ranks)[:ranks], named[-1]])
+        last = named.pop() if len(named) > 1 else ""
+        rows.append([task, *(named + [""] * ranks)[:ranks], last])
     return rows
 
 
 def _group_rows(each: Transfer, groups: Sequence[Sequence[int]]) -> list[list[str]]:
     rows = [["group", "targets", "sources that help it most"]]
     for number, group in enumerate(groups, 1):
-        known = each.gains[:, list(group)]
-        known = known[:, ~np.isnan(known).all(0)]
-        count = (~np.isnan(known)).sum(1)
-        mean = np.where(count > 0, np.nansum(known, 1) / np.maximum(count, 1), np.nan)
+        mean = transfer.known_mean(each.gains_from_others[:, list(group)], 1)
         best = [f"{short(each.sources[i])} {mean[i]:+.1f}" for i in transfer.ranking(mean)[:3]]
         targets = ", ".join(short(each.targets[row]) for row in group)
         rows.append([str(number), targets, ", ".join(best)])
