@@ -336,6 +336,37 @@ def test_zero_shot_of_another_backbone_is_not_compared(tmp_path):
     assert "Zero-shot and tuned" not in titles(page_of(tmp_path, found[2:]))
 
 
+def test_zero_shot_that_does_not_record_which_backbone_is_noted(tmp_path):
+    old = result("zero-shot", None, rte=[50.0])
+    unknown = dataclasses.replace(old, backbone_parameters=0, parameters=0.0)
+    found = [result("CoOp", 4, size=2000, rte=[71.0]), result("VPT", 4, size=5000, rte=[73.0])]
+    html = page_of(tmp_path, [unknown, *found])
+    for method in ("CoOp", "VPT"):
+        note = f"Gain of {method} over zero-shot, k = 4: the results are of several backbones, and "
+        assert f"{note}the zero-shot result does not record its own." in html
+    assert "<h3>Gain over zero-shot" not in html
+
+
+def test_zero_shot_backbones_of_one_size_are_told_apart_by_name(tmp_path):
+    """A result without a name is compared by its size."""
+    small, large = (
+        dataclasses.replace(result("zero-shot", shots, rte=[score]), backbone=name)
+        for shots, score, name in ((None, 50.0, "a"), (1, 60.0, "b"))
+    )
+    found = [
+        dataclasses.replace(result(method, 4, rte=[71.0]), backbone=name)
+        for method, name in (("CoOp", "a"), ("VPT", "b"), ("UPT", "c"))
+    ]
+    html = page_of(tmp_path, [small, large, *found])
+    assert "<td>+21.0</td>" in html and "<td>+11.0</td>" in html
+    assert "of CoOp, VPT; the numbers" in html and "Gain of UPT over zero-shot" not in html
+    unnamed = dataclasses.replace(small, backbone="")
+    assert "Gain of CoOp over zero-shot, k = 4: the results are of several backbones" in page_of(
+        tmp_path, [unnamed, *found]
+    )
+    assert "<td>+21.0</td>" in page_of(tmp_path, [unnamed, found[0]])
+
+
 def test_zero_shot_without_common_tasks_is_noted(tmp_path):
     found = [
         result("zero-shot", None, rte=[50.0, 50.0], cb=[1.0, 1.0]),

@@ -53,7 +53,13 @@ def over_zero_shot(content: Content) -> list[str]:
     for shots, results in content.by_shots():
         by_old: dict[str, dict[str, tuple[ByTask, Estimate]]] = {}
         for label, result in results.items():
-            old = _zero_shot(content, result)
+            try:
+                old = _zero_shot(content, result)
+            except ValueError as error:
+                content.absent.append(
+                    f"Gain of {label} over {ZERO_SHOT}, {examples(shots)}: {error}"
+                )
+                continue
             if old is None or old is result:
                 continue
             like = _for_seeds(old, result)
@@ -75,20 +81,42 @@ def over_zero_shot(content: Content) -> list[str]:
             blocks += [page.heading(name), page.table(_rows(olds[label], gains), name)]
     if not by_shots:
         return blocks
-    caption = "Difference on each task, paired by seed; an only zero-shot score pairs with all."
+    caption = (
+        "Difference on each task, paired by seed; a single zero-shot score is paired with every "
+        "seed."
+    )
     return [_figure(content, by_shots, ZERO_SHOT, caption), *blocks]
 
 
 def _zero_shot(content: Content, like: Result) -> Result | None:
-    """Returns the zero-shot result on a backbone of the same size, if sizes are known, and
-    preferably with the same number of examples, which zero-shot does not use; a zero-shot result
-    itself; or None."""
+    """Returns the zero-shot result on the same backbone as another result, preferably with the same
+    number of examples, which zero-shot does not use; a zero-shot result itself; or None.
+
+    Raises:
+        ValueError: the only such results do not say which of several backbones they are of.
+    """
     found = [result for result in content.results if result.method.lower() == ZERO_SHOT]
-    # Evaluations without training record no size.
-    size, own = analysis.model_size, analysis.model_size(like)
-    close = [x for x in found if not size(x) or math.isclose(size(x), own, rel_tol=0.1)]
-    same = [result for result in close if result.shots == like.shots]
-    return like if like in found else next(iter([*same, *close]), None)
+    if like in found:
+        return like
+    close = [old for old in found if not _backbones_differ(old, like)]
+    others = [x for x in content.results if x not in found and _backbones_differ(x, like)]
+    known = [old for old in close if all(_backbones_differ(old, other) for other in others)]
+    if close and not known:
+        raise ValueError(
+            "the results are of several backbones, and the zero-shot result does not record its "
+            "own."
+        )
+    same = [result for result in known if result.shots == like.shots]
+    return next(iter([*same, *known]), None)
+
+
+def _backbones_differ(one: Result, other: Result) -> bool:
+    """Whether two results are of backbones with other names or sizes, as far as both record them.
+    A method that trains part of the model has slightly fewer frozen parameters."""
+    sizes = analysis.model_size(one), analysis.model_size(other)
+    if all(sizes) and not math.isclose(*sizes, rel_tol=0.1):
+        return True
+    return bool(one.backbone and other.backbone) and one.backbone != other.backbone
 
 
 def _for_seeds(old: Result, new: Result) -> Result:
