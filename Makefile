@@ -21,7 +21,7 @@ demo-full: $(VENV)/.installed
 # (loadfile): their fixtures and programs are made once, and memory is freed between them. The order
 # is that of tests/conftest.py.
 PROCESSES = $(shell $(BIN)/python -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
-PYTEST = $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder
 
 test: $(VENV)/.dev
 	$(PYTEST)

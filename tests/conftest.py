@@ -23,7 +23,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "jax")
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Small programs too: to load one takes a fifth of the time to compile it, and tests have thousands.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jaxlib
@@ -108,7 +109,13 @@ def run_with_devices(count: int, root: Path, names: list[str]) -> CompletedProce
 
 # --- Memory and time of the process that runs the tests -------------------------------------------
 
-CROWDED = 3 << 29  # bytes of resident memory from which a process clears up between modules
+# Resident memory in bytes from which a process clears up between modules: half of the machine's,
+# divided among the processes.
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+CROWDED = max(3 << 29, MEMORY // (2 * PROCESSES))
+GROWTH = 1 << 29  # bytes that a process gains before it clears up again
+_cleared = [0]  # resident memory after the last time
 # Modules that take longest: they start first, or one process would end with them alone.
 LONGEST = [
     *("test_train", "test_plan", "test_datasets", "test_encoder_decoder", "test_attempt"),
@@ -132,12 +139,18 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Frees what a module has compiled, where the process holds much."""
-    if nextitem is not None and nextitem.path != item.path and resident() > CROWDED:
+    """Frees what a module has compiled, if the process holds much.
+
+    The next modules trace and compile everything again. So a process waits until it has gained
+    GROWTH, even if what it can not free is above CROWDED.
+    """
+    is_last = nextitem is not None and nextitem.path != item.path
+    if is_last and resident() > max(CROWDED, _cleared[0] + GROWTH):
         jax.clear_caches()
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
             trim(0)
+        _cleared[0] = resident()
 
 
 def resident() -> int:
