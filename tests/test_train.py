@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -55,6 +56,12 @@ def whole(backbone, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def finished(whole, tmp_path):
+    """MODEL_DIR of the same run, for jobs that write to it."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
 def test_train_finished_run_writes_documented_files(whole):
     found = {path.name for path in whole.iterdir()}
     assert {"artifact", "run.jsonl", "metrics.jsonl", "train", "training_eval"} <= found
@@ -71,6 +78,7 @@ def test_train_finished_run_writes_documented_files(whole):
     assert {f"training_eval/{task}" for task in TASKS} <= evaluated
 
 
+@pytest.mark.slow  # the test below resumes a job that was stopped
 def test_train_resumed_same_bits_as_uninterrupted(backbone, whole, tmp_path):
     run(backbone, tmp_path / "parts", steps=4)
     run(backbone, tmp_path / "parts", steps=STEPS)
@@ -133,41 +141,38 @@ def test_train_nan_loss_saves_last_good_state(backbone, whole, tmp_path):
     assert_same_bits(prompts(whole), prompts(tmp_path / "nan"))
 
 
-def test_train_model_dir_of_other_configuration_error(backbone, tmp_path):
-    run(backbone, tmp_path / "run", steps=2)
+def test_train_model_dir_of_other_configuration_error(backbone, finished):
     with pytest.raises(
         ValueError, match=r"another configuration .*random_seed: saved 0, current 7"
     ):
-        run(backbone, tmp_path / "run", random_seed=7)
+        run(backbone, finished, random_seed=7)
     with pytest.raises(ValueError, match="another configuration"):
-        run(backbone, tmp_path / "run", model=build(MPT(P, rank=2)))
+        run(backbone, finished, model=build(MPT(P, rank=2)))
     with pytest.raises(ValueError, match=r"objective: saved .*z_loss=0.0.*, current .*z_loss=0.1"):
-        run(backbone, tmp_path / "run", model=build(objective=losses.Objective(z_loss=0.1)))
+        run(backbone, finished, model=build(objective=losses.Objective(z_loss=0.1)))
 
 
-def test_train_other_weights_same_embedding_error(backbone, tmp_path):
+def test_train_other_weights_same_embedding_error(backbone, finished, tmp_path):
     """As after merging a LoRA. Neither resuming nor starting from the artifact is allowed."""
-    run(backbone, tmp_path / "run", steps=2)
     leaves = flatten(load_backbone(backbone))
     name = "encoder/layers_0/attention/query/kernel"
     other = str(save_t5x(tmp_path, unflatten({**leaves, name: leaves[name] * 1.1}), step=0))
     with pytest.raises(ValueError, match="backbone_sha256: saved '.*', current '"):
-        run(other, tmp_path / "run", steps=4)
-    origins = {"artifact": str(tmp_path / "run" / "artifact")}
+        run(other, finished, steps=STEPS + 2)
+    origins = {"artifact": str(finished / "artifact")}
     with pytest.raises(ValueError, match="another backbone.*sha256 of its weights is .* is "):
         run(other, tmp_path / "new", steps=2, origins=origins)
 
 
-def test_train_other_configuration_of_backbone_same_weights_error(backbone, tmp_path):
+def test_train_other_configuration_of_backbone_same_weights_error(backbone, finished, tmp_path):
     """Neither resuming nor starting from the artifact is allowed."""
-    run(backbone, tmp_path / "run", steps=2)
-    recorded = artifacts.load_artifact(tmp_path / "run" / "artifact").config["backbone_config"]
+    recorded = artifacts.load_artifact(finished / "artifact").config["backbone_config"]
     assert recorded == backbone_config(CONFIG)
     other = dataclasses.replace(CONFIG, relative_attention_max_distance=20)
     field = r"relative_attention_max_distance: saved 128, current 20\)"
     with pytest.raises(ValueError, match=rf"another configuration \(backbone_config.{field}"):
-        run(backbone, tmp_path / "run", model=build(config=other), steps=4)
-    origins = {"artifact": str(tmp_path / "run" / "artifact")}
+        run(backbone, finished, model=build(config=other), steps=STEPS + 2)
+    origins = {"artifact": str(finished / "artifact")}
     with pytest.raises(ValueError, match=rf"configuration of its backbone \({field}"):
         run(backbone, tmp_path / "new", model=build(config=other), steps=2, origins=origins)
 
@@ -197,13 +202,11 @@ def test_train_artifact_records_trained_backbone(backbone, tmp_path):
     run(backbone, tmp_path / "run", build(labels=encoder_decoder.FULL_FINETUNING), steps=3)
 
 
-def test_train_resumed_with_other_artifact_error(backbone, tmp_path):
-    run(backbone, tmp_path / "one", steps=2)
-    run(backbone, tmp_path / "two", steps=4)
-    origins = [{"artifact": str(tmp_path / name / "artifact")} for name in ("one", "two")]
-    run(backbone, tmp_path / "run", steps=2, origins=origins[0])
+def test_train_resumed_with_other_artifact_error(backbone, whole, tmp_path):
+    run(backbone, tmp_path / "run", steps=2, origins={"artifact": str(whole / "artifact")})
+    other = shutil.copytree(tmp_path / "run" / "artifact", tmp_path / "other")
     with pytest.raises(ValueError, match="artifact_sha256: saved .*, current .*"):
-        run(backbone, tmp_path / "run", steps=4, origins=origins[1])
+        run(backbone, tmp_path / "run", steps=4, origins={"artifact": str(other)})
 
 
 @pytest.mark.slow

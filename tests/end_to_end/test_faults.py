@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 import time
 import types
@@ -99,15 +100,15 @@ def listing(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*"))}
 
 
-def test_train_model_dir_in_use_refused_and_unchanged(backbone, tmp_path):
-    run(backbone, tmp_path, steps=2)
-    with run_lock.acquire(str(tmp_path), period=600.0):
-        before = listing(tmp_path)
+def test_train_model_dir_in_use_refused_and_unchanged(backbone, whole, tmp_path):
+    model_dir = shutil.copytree(whole, tmp_path / "run")
+    with run_lock.acquire(str(model_dir), period=600.0):
+        before = listing(model_dir)
         with pytest.raises(run_lock.ModelDirInUse, match="being written by process"):
-            run(backbone, tmp_path)
-        assert listing(tmp_path) == before
-    run(backbone, tmp_path, steps=4)
-    assert not (tmp_path / run_lock.FILE).exists()
+            run(backbone, model_dir, steps=STEPS + 2)
+        assert listing(model_dir) == before
+    run(backbone, model_dir, steps=STEPS + 2)
+    assert not (model_dir / run_lock.FILE).exists()
 
 
 def test_train_model_dir_taken_over_ends_without_save(backbone, tmp_path, monkeypatch):
@@ -128,10 +129,9 @@ def test_train_model_dir_taken_over_ends_without_save(backbone, tmp_path, monkey
     assert json.loads((tmp_path / run_lock.FILE).read_text())["token"] == "another's"
 
 
-def test_evaluate_model_dir_of_running_job_unchanged(backbone, tmp_path):
+def test_evaluate_model_dir_of_running_job_unchanged(backbone, whole, tmp_path):
     """Neither the files that the run is writing nor its lock change."""
-    model_dir, model = tmp_path / "run", build()
-    run(backbone, model_dir)
+    model_dir, model = shutil.copytree(whole, tmp_path / "run"), build()
     (model_dir / f"checkpoint_{STEPS + 2}.orbax-checkpoint-tmp").mkdir()
     origins = initialization.Origins(backbone=backbone)
     with run_lock.acquire(str(model_dir), period=600.0):

@@ -148,6 +148,14 @@ def attempted(backbone, sources, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def crossed(backbone, sources, tmp_path_factory):
+    """MODEL_DIR of a run of CrossPT that has not trained."""
+    folder = tmp_path_factory.mktemp("crossed")
+    train(backbone, folder, mixing(crosspt()), sources["one"], steps=0)
+    return folder
+
+
 def test_attempt_checkpoint_and_artifact_same_prompts(backbone, attempted):
     model = mixing(attempt(start_from="same"))
     by_checkpoint = restored(backbone, model, attempted, attempted / "artifact")
@@ -241,15 +249,10 @@ def test_attempt_artifact_as_plain_prompt_error(backbone, attempted):
 
 
 @pytest.mark.parametrize("method", [attempt(start_from="same"), crosspt(start_from="same")])
-def test_mixing_run_task_missing_in_artifact_error(method, backbone, sources, tmp_path):
-    train(backbone, tmp_path, mixing(method_of_start(method)), sources["one"], steps=0)
+def test_mixing_run_task_missing_in_artifact_error(method, backbone, attempted, crossed):
+    artifact = (attempted if isinstance(method, ATTEMPT) else crossed) / "artifact"
     with pytest.raises(ValueError, match="Unknown run 'run_d'.* Known: run_a, run_b, run_c"):
-        filled(backbone, method, str(tmp_path / "artifact"), Runs(["run_d"]))
-
-
-def method_of_start(method):
-    start = "first" if isinstance(method, ATTEMPT) else "average"
-    return dataclasses.replace(method, start_from=start)
+        filled(backbone, method, str(artifact), Runs(["run_d"]))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +319,7 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
     assert [len(prompt) for prompt in whole] == [P + OWN[run] for run in TASKS]
     for row, run_name in enumerate(TASKS):
         artifact = str(tmp_path / "artifacts" / run_name)
-        for lengths in (OWN, {run_name: OWN[run_name]}):
+        for lengths in (OWN, {run_name: OWN[run_name]})[: 2 if row == 1 else 1]:
             same = dataclasses.replace(method, private_length=lengths, start_from="same")
             one = Runs([run_name])
             found = filled(backbone, same, artifact, one).params["prompt"]
@@ -330,18 +333,16 @@ def test_crosspt_private_lengths_artifacts_keep_their_length(backbone, tmp_path)
         mixing(lacking, reserved=P + 4).FEATURE_CONVERTER_CLS(pack=False)
 
 
-def test_crosspt_other_normalization_of_artifact_error(backbone, tmp_path):
-    train(backbone, tmp_path, mixing(crosspt()), steps=0)
+def test_crosspt_other_normalization_of_artifact_error(backbone, crossed):
     other = crosspt(normalize="sum", start_from="same")
     words = "differ from those of the initial artifact .normalize: saved 'softmax', current 'sum'"
     with pytest.raises(ValueError, match=words):
-        filled(backbone, other, str(tmp_path / "artifact"))
+        filled(backbone, other, str(crossed / "artifact"))
 
 
-def test_crosspt_trainable_parameters_exclude_step_counter(backbone, sources, tmp_path):
-    train(backbone, tmp_path, mixing(crosspt()), sources["one"], steps=0)
-    record = json.loads((tmp_path / "run.jsonl").read_text())
+def test_crosspt_trainable_parameters_exclude_step_counter(crossed):
+    record = json.loads((crossed / "run.jsonl").read_text())
     numbers = len(TASKS) * (len(SOURCES) * P * 16 + P * 16 + len(SOURCES))
     assert record["trainable_parameters"] == numbers
-    card = (tmp_path / "artifacts" / "run_a" / "README.md").read_text()
+    card = (crossed / "artifacts" / "run_a" / "README.md").read_text()
     assert f"{numbers // len(TASKS)}" in card

@@ -24,7 +24,7 @@ from mpt_jax.artifacts import artifacts
 from mpt_jax.checkpointing.checkpoints import Checkpoints, saved_steps
 from mpt_jax.core.tree import flatten
 from mpt_jax.runtime import preemption
-from tests.fixtures import tiny
+from tests.fixtures import distributed_job, tiny
 
 ROOT = Path(__file__).parents[2]
 STAGE = (
@@ -102,7 +102,10 @@ def assert_close(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndar
 
 def test_job_two_processes_same_steps_as_one(tmp_path):
     """Tests only the core packages, with distillation."""
-    finish([*start_core(tmp_path / "one", 6, 1), *start_core(tmp_path / "two", 6, 2)])
+    children = start_core(tmp_path / "two", 6, 2)
+    (tmp_path / "one").mkdir()
+    distributed_job.main(str(tmp_path / "one"), 6)
+    finish(children)
     learned = [dict(np.load(tmp_path / name / "learned_6.npz")) for name in ("one", "two")]
     assert_close(learned[1], learned[0])
 
