@@ -29,7 +29,7 @@ PACKED = {
 
 
 def make(fused_attention: bool, **fields) -> Transformer:
-    return Transformer(T5Config(**SHAPE, **fields, fused_attention=fused_attention))
+    return Transformer(T5Config(**{**SHAPE, **fields}, fused_attention=fused_attention))
 
 
 def inputs(packed: bool):
@@ -127,9 +127,17 @@ def test_fused_attention_with_dropout_only_for_self_attention():
     assert kernels_of(5, biases=True) == set()
 
 
-@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_fused_attention_with_dropout_drops_the_same_keys(packed):
-    plain, kernels = make(False, dropout_rate=0.3), make(True, dropout_rate=0.3)
+@pytest.mark.parametrize(
+    ("packed", "layers"),
+    [
+        (True, 1),
+        pytest.param(True, 2, marks=pytest.mark.slow),
+        pytest.param(False, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_fused_attention_with_dropout_drops_the_same_keys(packed, layers):
+    fields = dict(dropout_rate=0.3, num_encoder_layers=layers, num_decoder_layers=layers)
+    plain, kernels = make(False, **fields), make(True, **fields)
     x, mask, targets, _, _ = inputs(packed)
     params = jax.jit(plain.init)(jax.random.key(0), x, mask, targets)["params"]
     call = dict(deterministic=False, rngs={"dropout": jax.random.key(3)})

@@ -93,8 +93,16 @@ def some(*fast, of=tuple(PIPELINES)):
 
 @pytest.mark.parametrize(
     "name, step",
-    [("mixture", 0), ("mixture", 1), ("mixture", 13), ("packed", 3), ("plain", 5), ("task", 2)]
-    + [("by length", 4), ("by length", 17)],
+    [
+        ("mixture", 0),
+        ("mixture", 13),
+        ("packed", 3),
+        ("plain", 5),
+        ("by length", 17),
+        pytest.param("mixture", 1, marks=pytest.mark.slow),
+        pytest.param("task", 2, marks=pytest.mark.slow),
+        pytest.param("by length", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_train_iterator_restored_at_any_step_same_batches(name, step):
     changes = dict(PIPELINES[name])
@@ -299,8 +307,15 @@ def test_eval_batches_mixture_every_example_once():
     assert_equal_batches(list(made["dat_a"]()), batches)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("buckets", [{}, {"inputs": [4]}])
+@pytest.mark.parametrize(
+    ("batch_size", "buckets"),
+    [
+        (3, {}),
+        (1, {"inputs": [4]}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(3, {"inputs": [4]}, marks=pytest.mark.slow),
+    ],
+)
 def test_eval_batches_kept_equal_those_of_each_task(batch_size, buckets):
     """With one row a batch, tasks are longer than a window of batches and start inside one."""
     arguments = dict(split="validation", shuffle=False, batch_size=batch_size)

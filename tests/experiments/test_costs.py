@@ -43,7 +43,7 @@ def test_operations_equal_those_of_compiled_program(of):
     config, module = network(of)
     embedded, mask = jnp.ones((B, T, config.emb_dim)), jnp.ones((B, T), bool)
     targets = jnp.ones((B, L), jnp.int32)
-    params = module.init(jax.random.key(0), embedded, mask, targets)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), embedded, mask, targets)["params"]
     forward = lambda p, x: module.apply({"params": p}, x, mask, targets).var()  # noqa: E731
     weights, attention = costs.forward_products(backbone_config(config), T, L)
     assert counted(forward, params, embedded) == pytest.approx(2 * (weights + attention), rel=0.01)

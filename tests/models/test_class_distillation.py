@@ -71,6 +71,9 @@ def made(name="both", distillation=ALL, runs=tiny_clip.RUNS, softmax="own", **se
     return model, jax.tree.map(jnp.asarray, model.precompute(tree)), prompts
 
 
+shared = functools.cache(made)  # tests of the same model share its programs; see `run`
+
+
 # --- Reference -----------------------------------------------------------------------------------
 
 
@@ -200,7 +203,7 @@ def check(model, params, batch, prompts, tasks=None, multi=None):
 
 @pytest.mark.parametrize("name", ["text", "image", "both", "classes", "mpt"])
 def test_terms_match_numpy(name):
-    model, params, prompts = made(name)
+    model, params, prompts = shared(name)
     terms = check(model, params, BATCH, prompts)
     sites = model.prompt.parts
     assert (min(terms["hidden_image"]) > 1e-4) == (IMAGE in sites)
@@ -240,13 +243,13 @@ def test_terms_of_multi_label_tasks(softmax):
 @pytest.mark.parametrize("name", ["text", "image", "both", "classes", "mpt"])
 def test_zero_shot_terms_match_numpy(name):
     """Features of the teacher are those of the templates, and of images without tokens."""
-    model, params, _ = made(name, FROM_CLIP)
+    model, params, _ = shared(name, FROM_CLIP)
     assert list(params["teacher"]) == ["class_features"] and not model.reads_teachers
     check(model, params, BATCH, {})
 
 
 def test_teacher_class_features_match_numpy():
-    model, params, prompts = made("both")
+    model, params, prompts = shared("both")
     found, first = np.asarray(params["teacher"]["class_features"]), 0
     for row, task in enumerate(model.runs.task_names):
         expected = reference_classes.texts(CONFIG, WHOLE, TASKS[task], prompts[TEXT][row])
@@ -275,7 +278,7 @@ def test_zero_shot_tasks_of_equal_names_have_their_own_templates():
 @pytest.mark.parametrize("name", ["both", "mpt"])
 def test_gradients_match_finite_differences_of_numpy(name):
     """The total loss without cross entropy, along one direction of all prompts."""
-    model, params, prompts = made(name)
+    model, params, prompts = shared(name)
     coefficients = {name: jnp.asarray(x) for name, x in model.objective.coefficients().items()}
     coefficients["cross_entropy"] = jnp.asarray(0.0)
     batch = {key: value[:3] for key, value in BATCH.items()}
@@ -309,7 +312,7 @@ def test_gradients_match_finite_differences_of_numpy(name):
 
 
 def test_student_equal_to_its_teacher_has_no_loss_and_no_gradient():
-    model, params, prompts = made("both")
+    model, params, prompts = shared("both")
     prompt = {site: {"table": jnp.asarray(x)} for site, x in prompts.items()}
 
     def loss(prompt):
@@ -344,7 +347,7 @@ def test_objective_text_without_distillation_is_unchanged():
 
 
 def test_evaluation_with_precomputed_texts_has_the_same_terms():
-    model, params, _ = made("both")
+    model, params, _ = shared("both")
     expected, _ = run(model)(params, BATCH)
     prepared = model.params_for_evaluation(params)
     assert prepared["class_features"]["table"].shape == (5, 10)
@@ -354,7 +357,7 @@ def test_evaluation_with_precomputed_texts_has_the_same_terms():
 
 
 def test_image_features_in_the_batch_serve_student_and_teacher():
-    model, params, _ = made("text")
+    model, params, _ = shared("text")
     images = reference_clip.image_features(CONFIG, WHOLE, BATCH["image"])
     rest = {key: value for key, value in BATCH.items() if key != "image"}
     batch = {**rest, "image_features": jnp.asarray(images, jnp.float32)}
@@ -364,7 +367,7 @@ def test_image_features_in_the_batch_serve_student_and_teacher():
 
 
 def test_loss_fn_of_t5x_adds_the_terms():
-    model, params, _ = made("both")
+    model, params, _ = shared("both")
     sums, _ = run(model)(params, BATCH)
     total, metrics = jax.jit(model.eval_fn)(params, BATCH)
     coefficients = model.objective.coefficients()
@@ -438,14 +441,14 @@ def test_contexts_that_depend_on_the_image_learn_from_teachers():
     ],
 )
 def test_teachers_at_other_sites_fail(own, theirs, words):
-    model, _, _ = made(own)
+    model, _, _ = shared(own)
     with pytest.raises(ValueError, match=words):
         model.check_teacher(METHODS[theirs])
     model.check_teacher(METHODS[own])
 
 
 def test_texts_of_teachers_are_those_of_the_tokenizer():
-    model, _, _ = made("text", FROM_CLIP)
+    model, _, _ = shared("text", FROM_CLIP)
     tasks = (tiny_clip.PETS, tiny_clip.SHAPES)
     assert model.teacher_texts.sha256 == class_texts(tasks, tiny_clip.Tokenizer(), 12).sha256
-    assert made("image", FROM_CLIP)[0].teacher_texts.context_length == 0
+    assert shared("image", FROM_CLIP)[0].teacher_texts.context_length == 0

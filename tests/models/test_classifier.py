@@ -90,7 +90,7 @@ def test_logits_equal_a_naive_numpy_pass(name):
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 15, 16, 17])
 def test_merged_tokens_equal_a_loop(count):
     tokens = np.random.default_rng(count).normal(size=(17, 4)).astype(np.float32)
-    found = merge_tokens(jnp.asarray(tokens), count)
+    found = jax.jit(merge_tokens, static_argnums=1)(jnp.asarray(tokens), count)
     np.testing.assert_allclose(found, reference_lanes.merge(tokens, count), atol=1e-6)
 
 
@@ -147,7 +147,7 @@ def test_gradients_equal_finite_differences_and_are_zero_for_absent_tasks():
     def loss(prompt):
         return model.loss_sums({**params, "prompt": prompt}, made)[0]["cross_entropy"].sum()
 
-    gradient = jax.grad(loss)(params["prompt"])
+    gradient = jax.jit(jax.grad(loss))(params["prompt"])
     assert all((x[1] == 0).all() for x in jax.tree.leaves(gradient))
     rng = np.random.default_rng(0)
     for name in range(4):
@@ -211,7 +211,7 @@ def test_scores_are_probabilities_of_own_classes():
     logits = expected_logits(model, params, made)
     np.testing.assert_allclose(np.exp(scores[0, :3]).sum(), 1, rtol=1e-5)
     np.testing.assert_allclose(scores[2], -np.log1p(np.exp(-logits[2])), atol=2e-5)
-    best = np.asarray(model.predict_batch(params, made))[:, 0]
+    best = np.asarray(jax.jit(model.predict_batch)(params, made))[:, 0]
     assert best.tolist() == [int(np.argmax(x)) for x in logits]
 
 

@@ -141,11 +141,12 @@ def test_logits_are_those_of_coop_with_the_context_of_each_image(softmax, image)
         SitePrompts(PromptTuning(tiny_clip.CONTEXT), model.prompt.image_tokens),
         softmax=softmax,
     )
+    plain_logits = jax.jit(plain.logits)
     for number in range(3):
         table = jnp.stack([contexts[number]] * 2)
         prompt = {**params["prompt"], TEXT: {"table": table}}
         one = {name: x[number : number + 1] for name, x in batch.items()}
-        expected = plain.logits({**params, "prompt": prompt}, one)
+        expected = plain_logits({**params, "prompt": prompt}, one)
         np.testing.assert_allclose(found[number], expected[0], rtol=1e-4, atol=1e-4)
 
 
@@ -157,6 +158,7 @@ def test_gradients_match_finite_differences():
         sums, _ = model.loss_sums({**params, "prompt": prompt}, batch)
         return sums["cross_entropy"].sum()
 
+    compiled = jax.jit(loss)
     gradients = flatten(jax.jit(jax.grad(loss))(params["prompt"]))
     for name, gradient in gradients.items():
         place = np.unravel_index(np.argmax(np.abs(gradient)), gradient.shape)
@@ -166,7 +168,7 @@ def test_gradients_match_finite_differences():
             prompt = jax.tree.map(lambda x: x, params["prompt"])
             leaf = name.split("/")[1]
             prompt[TEXT][leaf] = prompt[TEXT][leaf].at[place].add(step)
-            return float(jax.jit(loss)(prompt))
+            return float(compiled(prompt))
 
         slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
         assert slope == pytest.approx(float(gradient[place]), rel=2e-2), name
@@ -176,7 +178,7 @@ def test_evaluation_encodes_texts_for_each_image():
     model, batch = made(), tiny_clip.batch([0, 1], [1, 1])
     params = params_of(model)
     assert model.params_for_evaluation(params) is params
-    scores = model.score_batch(params, batch)
+    scores = jax.jit(model.score_batch)(params, batch)
     np.testing.assert_allclose(np.exp(scores).sum(-1), 1, rtol=1e-5)
     assert ClassObjective().softmax == "own"
 
