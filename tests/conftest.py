@@ -10,9 +10,11 @@ import ctypes
 import functools
 import gc
 import os
+import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from unittest.mock import patch
 
 # Before jax is imported anywhere: these are read once, here and by the processes that tests start.
@@ -105,6 +107,41 @@ def run_with_devices(count: int, root: Path, names: list[str]) -> CompletedProce
     command = ["-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist"]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     return run_python(*command, *names, cwd=root, check=False, XLA_FLAGS=flags, PYTEST_ADDOPTS="")
+
+
+# --- Programs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="session")
+def networks_traced_once():
+    """Models of equal networks share the trace of the network's random initialization, which most
+    tests need only for its shapes."""
+    models = {
+        "mpt_jax.models.dual_encoder": "PromptedDualEncoder",
+        "mpt_jax.models.encoder_decoder": "PromptedEncoderDecoder",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in models.items():
+            if module in sys.modules:  # tests of something else start without it
+                cls = getattr(sys.modules[module], name)
+                patch.setattr(cls, "init_backbone", traced_once(cls.init_backbone))
+        yield
+
+
+def traced_once(init_backbone):
+    """Returns the same method, traced once for each network; calls with values are unchanged."""
+
+    @functools.cache
+    def compiled(cls, network):
+        of = SimpleNamespace(module=network)
+        return jax.jit(lambda key: init_backbone(of, key))
+
+    def init(model, key):
+        if isinstance(key, jax.core.Tracer):
+            return compiled(type(model), model.module)(key)
+        return init_backbone(model, key)
+
+    return init
 
 
 # --- Memory and time of the process that runs the tests -------------------------------------------

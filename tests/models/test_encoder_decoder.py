@@ -387,8 +387,11 @@ class Prefixes:
 
 @pytest.mark.parametrize(
     ("given", "bound", "width"),
-    [(None, None, 4), (None, 2, 2), (3, 2, 3)],
-    ids=["the function's default", "bound by gin", "asked for by the caller"],
+    [
+        pytest.param(None, None, 4, id="the function's default", marks=pytest.mark.slow),
+        pytest.param(None, 2, 2, id="bound by gin"),
+        pytest.param(3, 2, 3, id="asked for by the caller"),
+    ],
 )
 def test_num_decodes_sets_beam_width(undecided, given, bound, width, request):
     request.addfinalizer(gin.clear_config)

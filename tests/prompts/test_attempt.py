@@ -414,7 +414,7 @@ def test_attempt_padding_embedding_not_read():
     assert np.abs(mixed.forward(loud, mixed.batch).prompts - before).max() > 1e-3, "tokens are read"
 
 
-@some("sub", "dot")
+@some("sub")
 def test_attempt_more_padding_same_loss_and_logits(mixed):
     wider = {
         name: np.pad(value, ((0, 0), (0, 4 if name.startswith("encoder") else 0)))
@@ -429,7 +429,7 @@ def test_attempt_more_padding_same_loss_and_logits(mixed):
     )
 
 
-@some("token", "constant")
+@some("token")
 def test_attempt_padding_rows_same_loss_and_gradients(mixed):
     padded = tiny.batch([2, None, 1, 0])
     (total, grads, _), (expected, expected_grads, _) = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ NAMES = ["alpha", "beta", "gamma"]
 KEY = jax.random.PRNGKey(0)
 SMOOTH = tiny.config(mlp_activations=("gelu", "linear"))
 METHODS = {"mpt": MPT(tiny.PROMPT), "pt": PromptTuning(tiny.PROMPT)}
-BACKBONE = tiny.params(tiny.model(Runs(["any"]), METHODS["pt"], SMOOTH))
+PROGRAMS: dict[str, tuple] = {}
 ONE = pytest.mark.parametrize(
     "method",
     [
@@ -29,19 +31,31 @@ ONE = pytest.mark.parametrize(
 )
 
 
+@functools.cache
+def backbone() -> dict:
+    model = tiny.model(Runs(["any"]), METHODS["pt"], SMOOTH)
+    return {name: leaf for name, leaf in tiny.params(model).items() if name != "prompt"}
+
+
 def make(method, names=NAMES, peaks=0.1, totals=40, spoiled=None) -> trainer.Trainer:
     """A trainer of independent runs; `spoiled` names one that starts from NaN."""
     schedule = Schedule(peaks, totals)
     optimizer = PromptOptimizer({"shared": schedule, "task": schedule}, clip_norm=None)
     runs = Runs(names, groups="independent")
     model = tiny.model(runs, method, SMOOTH, optimizer_def=optimizer)
-    params = {k: v for k, v in BACKBONE.items() if k != "prompt"}
+    params = backbone()
     prompt = dict(model.init_prompt(KEY, params["token_embedder"]["embedding"]))
     if spoiled:
         row = runs.row(spoiled)
         prompt = {name: leaf.at[row].set(np.nan) for name, leaf in prompt.items()}
     state = tiny.state(model, {**params, "prompt": prompt})
-    return trainer.Trainer(model, state, PjitPartitioner(), KEY)
+    made = trainer.Trainer(model, state, PjitPartitioner(), KEY)
+    # Trainers of equal models run the same programs, so they are compiled once.
+    settings = repr((method, names, peaks, totals))
+    made._train_step, made._eval_step = PROGRAMS.setdefault(
+        settings, (made._train_step, made._eval_step)
+    )
+    return made
 
 
 def learn(made: trainer.Trainer, steps: range, rows=(0, 0, 1, 1, 2, 2)) -> trainer.Trainer:

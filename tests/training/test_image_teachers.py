@@ -253,6 +253,9 @@ def made(runs=APART, method=STUDENT, **settings):
     return model, {**params, "teacher": jax.tree.map(jnp.asarray, teacher)}
 
 
+shared = functools.cache(made)  # tests of the same model share its programs
+
+
 def batch_of(seed=0, **settings):
     return tiny_clip.batch(ROWS, LABELS, seed, **settings)
 
@@ -265,10 +268,14 @@ def state_of(model, params):
     return create_train_state(model, jax.tree.map(jnp.array, params), PjitPartitioner())
 
 
+@functools.cache
+def step_of(model, parts):
+    return jax.jit(functools.partial(train_step.gradients, model, num_microbatches=parts))
+
+
 def gradients(model, params, batch, parts=1):
     state = state_of(model, params)
-    step = jax.jit(functools.partial(train_step.gradients, model, num_microbatches=parts))
-    grads, metrics = step(state.trainable, state.frozen, batch, None)
+    grads, metrics = step_of(model, parts)(state.trainable, state.frozen, batch, None)
     return grads["prompt"], metrics
 
 
@@ -331,7 +338,7 @@ def test_independent_runs_match_separate_jobs(teacher):
         assert min(moved.values()) > 1e-3, moved
 
 
-@pytest.mark.parametrize("chunk", [3, 128])
+@pytest.mark.parametrize("chunk", [3, pytest.param(128, marks=pytest.mark.slow)])
 def test_nan_of_one_run_leaves_others_equal(chunk):
     model, params = made(text_chunk=chunk)
     batch = batch_of()
@@ -348,7 +355,7 @@ def test_nan_of_one_run_leaves_others_equal(chunk):
 
 
 def test_padding_changes_nothing():
-    model, params = made()
+    model, params = shared()
     whole = pick(batch_of(), [0, 1, 3])
     padding = tiny_clip.batch([2, 0], [-1, -1], seed=9, weights=[0.0, 0.0])
     padded = jax.tree.map(lambda *x: jnp.concatenate(x), whole, padding)
@@ -359,7 +366,7 @@ def test_padding_changes_nothing():
 
 def test_rows_of_finished_runs_are_left_out():
     """Teachers of the other runs are still those of their bank rows."""
-    model, params = made()
+    model, params = shared()
     order = np.argsort(ROWS, kind="stable")
     batch = {name: np.asarray(value)[order] for name, value in batch_of().items()}
     packed = RowCompactor(APART).pack(batch, [False, True, False])
@@ -440,7 +447,7 @@ def test_runs_over_several_devices_match_one_device():
 
 
 def test_t5x_replicates_teachers_and_saves_none():
-    model, params = made()
+    model, params = shared()
     origins = Origins(scratch=True)
     host = train_state_adapter.Host(model, origins, model.optimizer_def, partitioner=None)
     assert host.axes["teacher/class_features"] == (None, None)

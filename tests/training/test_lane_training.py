@@ -41,10 +41,14 @@ def started(model, params=None, **settings):
     return trainer.Trainer(model, state, partitioner, KEY, 1, **settings)
 
 
+@functools.cache
+def compiled(model, parts):
+    return jax.jit(lambda *given: gradients(model, *given, None, parts)[0])
+
+
 def gradient(model, params, made, parts=1):
     trainable, frozen = split(params, model.labels, trainable_labels(model, params))
-    find = jax.jit(lambda x: gradients(model, x, frozen, made, None, parts)[0])
-    return find(trainable)["prompt"]
+    return compiled(model, parts)(trainable, frozen, made)["prompt"]
 
 
 def step(running, made):
