@@ -155,8 +155,10 @@ GROWTH = 1 << 29  # bytes that a process gains before it clears up again
 _cleared = [0]  # resident memory after the last time
 # Modules that take longest: they start first, or one process would end with them alone.
 LONGEST = [
-    *("test_train", "test_plan", "test_datasets", "test_encoder_decoder", "test_attempt"),
-    *("test_teacher_cache", "test_t5_fused", "test_mixing_runs", "test_fleet_trainer"),
+    *("test_train", "test_image_server", "test_datasets", "test_image_jobs", "test_image_teachers"),
+    *("test_training_job", "test_eval_infer", "test_encoder_decoder", "test_command"),
+    *("test_lane_jobs", "test_crosspt_model", "test_server", "test_export", "test_teacher_cache"),
+    *("test_attempt", "test_processes", "test_classifier", "test_dual_encoder", "test_plan"),
 ]
 
 

@@ -380,7 +380,11 @@ def test_rows_of_finished_runs_are_left_out():
         np.testing.assert_allclose(value, other, 1e-5, 1e-6)
 
 
-def test_factors_of_ones_equal_the_shared_prompt():
+@pytest.mark.parametrize(
+    "kind",
+    ["each", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rows", "tied"))],
+)
+def test_factors_of_ones_equal_the_shared_prompt(kind):
     """MPT without noise is MVLPT's shared prompt at step 0: the same loss, and the same gradient of
     the shared prompt."""
     ones = lambda key, length, width, rank: (  # noqa: E731
@@ -390,17 +394,16 @@ def test_factors_of_ones_equal_the_shared_prompt():
     shared = SitePrompts(SharedPrompt(C, WIDE), SharedPrompt(TOKENS, WIDE), image_layers=LAYERS)
     expected_model, params = made(JOINT, shared)
     expected, expected_metrics = gradients(expected_model, params, batch_of())
-    for kind in ("rows", "each", "tied"):
-        layered = MPT(TOKENS, 1, WIDE, ones, layers=LAYERS, layer_factors=kind)
-        method = SitePrompts(MPT(C, 1, WIDE, ones), layered, image_layers=LAYERS)
-        model, own = made(JOINT, method)
-        for site in (TEXT, IMAGE):
-            np.testing.assert_array_equal(
-                own["prompt"][site]["shared"], params["prompt"][site]["shared"]
-            )
-        found, metrics = gradients(model, own, batch_of())
-        tiny.close(metrics, expected_metrics, 1e-6)
-        close({x: found[x]["shared"] for x in found}, {x: expected[x]["shared"] for x in found})
+    layered = MPT(TOKENS, 1, WIDE, ones, layers=LAYERS, layer_factors=kind)
+    method = SitePrompts(MPT(C, 1, WIDE, ones), layered, image_layers=LAYERS)
+    model, own = made(JOINT, method)
+    for site in (TEXT, IMAGE):
+        np.testing.assert_array_equal(
+            own["prompt"][site]["shared"], params["prompt"][site]["shared"]
+        )
+    found, metrics = gradients(model, own, batch_of())
+    tiny.close(metrics, expected_metrics, 1e-6)
+    close({x: found[x]["shared"] for x in found}, {x: expected[x]["shared"] for x in found})
 
 
 def test_trainer_learns_from_its_teacher():

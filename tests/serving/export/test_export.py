@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -52,13 +53,19 @@ def make(folder, kind):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("export"), "factors")
+def exports(tmp_path_factory):
+    """Makes an exported folder of each kind once; tests change only copies of it."""
+    return functools.cache(lambda kind: make(tmp_path_factory.mktemp("export"), kind))
+
+
+@pytest.fixture(scope="module")
+def folder(exports):
+    return exports("factors")
 
 
 @pytest.fixture(scope="module", params=["factors", "folded"])
-def either(request, tmp_path_factory):
-    return make(tmp_path_factory.mktemp("export"), request.param)
+def either(request, exports):
+    return exports(request.param)
 
 
 @pytest.fixture(
@@ -68,8 +75,8 @@ def either(request, tmp_path_factory):
         for kind in serving_fixtures.KINDS
     ],
 )
-def any_kind(request, tmp_path_factory):
-    return make(tmp_path_factory.mktemp("export"), request.param)
+def any_kind(request, exports):
+    return exports(request.param)
 
 
 def run(script, cwd, *arguments):

@@ -294,7 +294,7 @@ def test_load_prompts_of_other_sizes_than_the_backbone_fail(kind, table, says, c
     [
         ("vpt", {"templates": [f"{i} {{}}" for i in range(2048)]}, 3, "2,097,158"),
         ("coop", {}, 1025, "2,099,200"),
-        ("vpt", {"templates": ["{}"]}, 1025, "2,099,200"),
+        pytest.param(*("vpt", {"templates": ["{}"]}, 1025, "2,099,200"), marks=pytest.mark.slow),
     ],
 )
 def test_load_too_many_class_texts_fail_before_they_are_made(
