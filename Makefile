@@ -19,7 +19,7 @@ demo-full: $(VENV)/.installed
 
 # One process per core, and one more for the time in which others wait. Whole modules go to a process
 # (loadfile): their fixtures and programs are made once, and memory is freed between them. The order
-# is that of tests/conftest.py.
+# is that of tests/conftest.py. Bytecode is kept: compiling rewritten modules takes half of a start.
 PROCESSES = $(shell $(BIN)/python -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')
 PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder
 

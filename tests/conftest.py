@@ -147,10 +147,10 @@ def traced_once(init_backbone):
 # --- Memory and time of the process that runs the tests -------------------------------------------
 
 # Resident memory in bytes from which a process clears up between modules: half of the machine's,
-# divided among the processes.
+# divided among the processes, within limits, since a container may have less than its machine.
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-CROWDED = max(3 << 29, MEMORY // (2 * PROCESSES))
+CROWDED = max(3 << 29, min(5 << 29, MEMORY // (2 * PROCESSES)))
 GROWTH = 1 << 29  # bytes that a process gains before it clears up again
 _cleared = [0]  # resident memory after the last time
 # Modules that take longest: they start first, or one process would end with them alone.
@@ -181,7 +181,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Frees what a module has compiled, if the process holds much.
 
     The next modules trace and compile everything again. So a process waits until it has gained
-    GROWTH, even if what it can not free is above CROWDED.
+    GROWTH, even if what it cannot free is above CROWDED.
     """
     is_last = nextitem is not None and nextitem.path != item.path
     if is_last and resident() > max(CROWDED, _cleared[0] + GROWTH):
