@@ -29,7 +29,7 @@ from mpt_jax.serving.predict.requests import MODES, Failure, label_of, object_of
 
 FIELDS = ("task", "sequence", "image", "image_base64", "classes", "id")
 MOST_CLASSES = 1_000  # of a request
-MOST_CHARACTERS = 1_000  # of a class name
+MOST_CHARACTERS = 250  # of a class name
 MOST_BYTES = 2**25  # of an encoded image
 MOST_LINE_BYTES = MOST_BYTES * 4 // 3 + 2**20  # base64 writes 3 bytes as 4
 

@@ -19,6 +19,7 @@ from mpt_jax.serving.predict.image_artifacts import Inputs, texts_of
 KEPT = 16  # lists of class names whose features are kept
 MOST_TEXTS = 2_048  # of a request
 CHUNK = 32  # texts that are encoded at a time
+LENGTHS = (16, 32)  # of texts, besides the text encoder's longest
 NAME = "request"  # of the task, in errors
 
 
@@ -60,12 +61,14 @@ class OpenClasses:
         return sums / np.linalg.norm(sums, axis=1, keepdims=True)
 
     def _of_texts(self, row: int, texts: ClassTexts) -> Float[np.ndarray, "n U"]:
-        """Returns the normalized feature of every text. Chunks and texts have the same sizes for
-        all requests, so that one program encodes them."""
+        """Returns the normalized feature of every text. Chunks have one size and texts few lengths,
+        so that few programs encode all requests."""
         number, length = texts.tokens.shape
         text = self._model.module.config.text
         assert text is not None
-        padding = (0, -number % CHUNK), (0, text.context_length - length)
+        whole = text.context_length
+        longest = min(x for x in (*LENGTHS, whole) if length <= x <= whole)
+        padding = (0, -number % CHUNK), (0, longest - length)
         arrays = np.pad(texts.tokens, padding), np.pad(texts.slots, padding)
         arrays = *arrays, np.pad(texts.eot, padding[0])
         found = [
