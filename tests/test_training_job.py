@@ -26,13 +26,17 @@ pytestmark = pytest.mark.usefixtures("byte_vocabulary")
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty working directory. Removes the tasks of each test."""
+    """An empty working directory. Removes the tasks of each test, and restores mixtures."""
     monkeypatch.chdir(tmp_path)
-    before = seqio.TaskRegistry.names(), seqio.MixtureRegistry.names()
+    tasks = seqio.TaskRegistry.names()
+    mixtures = {name: seqio.MixtureRegistry.get(name) for name in seqio.MixtureRegistry.names()}
     yield tmp_path
-    for names, registry in zip(before, (seqio.TaskRegistry, seqio.MixtureRegistry), strict=True):
-        for name in registry.names() - names:
-            registry.remove(name)
+    for name in seqio.TaskRegistry.names() - tasks:
+        seqio.TaskRegistry.remove(name)
+    for name in list(seqio.MixtureRegistry.names()):
+        seqio.MixtureRegistry.remove(name)
+    for name, mixture in mixtures.items():
+        seqio.MixtureRegistry.add_provider(name, mixture)
 
 
 def write(name: str, numbers: range, parity: int = 0) -> str:
