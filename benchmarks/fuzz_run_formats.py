@@ -139,7 +139,7 @@ def _write_plan(folder: Path) -> None:
 
 
 def _cells() -> list[Cell]:
-    return [Cell(PT, None, (), (_STAGE,), ())]
+    return [Cell(PT, None, (), (_STAGE,), (), (_STAGE,))]
 
 
 def _read_plan(folder: Path) -> str:

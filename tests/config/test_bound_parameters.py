@@ -17,6 +17,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,9 +48,10 @@ def commands() -> dict[str, tuple[list[str], str]]:
         if path.parent.name == "gin" and path.stem not in ("tiny", "tiny_vision"):
             method = [] if entry == "train" else ["gin/methods/mpt.gin"]
             found[name] = ([name, *method], entry)
-        elif given := re.findall(r"^#.*--gin_file=.*(?:\\\n#.*)*", path.read_text(), re.MULTILINE):
+        elif given := re.findall(r"^#.*?--gin_file=(?:.*\\\n#)*.*", path.read_text(), re.MULTILINE):
             files = re.findall(r"--gin_file=(\S+)", given[0])
-            found[name] = (files, entry)
+            first = Path(files[0]).stem
+            found[name] = (files, first if first in ("eval", "infer") else entry)
     found["gin/tiny.gin"] = ([gin_files.SOURCE, "gin/tiny.gin"], "train")
     return found
 

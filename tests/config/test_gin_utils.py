@@ -51,6 +51,9 @@ OF_IMAGES += [f"gin/{x}.gin" for x in ("clip_mpt_source", "clip_mpt_target", "cl
 OF_IMAGES += ["gin/methods/clip_mpt.gin"]
 # tests/config/test_lane_gin.py.
 OF_IMAGES += [f"gin/{x}.gin" for x in ("multilane", "methods/multi_lane", "runs/joint_lanes")]
+# tests/experiments/test_image_tables.py.
+OF_IMAGES += ["gin/linear_probe.gin", "gin/runs/last_step.gin", "gin/runs/no_evaluation.gin"]
+OF_IMAGES += ["gin/methods/coop_vpt.gin", "gin/methods/linear_probe.gin"]
 STAGES = [
     name for name in FILES if "\nSTAGE = " in (ROOT / name).read_text() and name not in OF_IMAGES
 ]
