@@ -12,14 +12,13 @@ import pytest
 
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.tree import split
-from mpt_jax.serving.predict.image_server import ImageServer
 from mpt_jax.training import trainer
 from mpt_jax.training.image_cache import ImageCache
 from mpt_jax.training.optimizers import sgd
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import create_train_state, trainable_labels
 from mpt_jax.training.train_step import gradients
-from tests.fixtures import image_jobs, saved_artifacts, tiny_clip, tiny_lanes
+from tests.fixtures import tiny_clip, tiny_lanes
 
 APART = Runs([task.task for task in tiny_lanes.TASKS], groups="independent")
 KEY = jax.random.PRNGKey(0)
@@ -128,13 +127,6 @@ def test_runs_split_over_devices_match_one_device():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_image_cache_and_server_refuse_lanes(tmp_path):
-    model = tiny_lanes.model()
+def test_image_cache_refuses_lanes():
     with pytest.raises(ValueError, match="its prompts are inputs of the image encoder"):
-        started(model, image_cache=ImageCache(10_000))
-    prompt = tiny_lanes.params(model)["prompt"]
-    fields = {"images": model.input_settings, **model.input_digests}
-    folder = saved_artifacts.save(tmp_path / "lanes", model.prompt, prompt, model.runs, **fields)
-    clip = image_jobs.write_clip(tmp_path / "clip")
-    with pytest.raises(ValueError, match="has heads .*which this server cannot run"):
-        ImageServer.load([str(folder)], str(clip))
+        started(tiny_lanes.model(), image_cache=ImageCache(10_000))
