@@ -146,7 +146,7 @@ def test_mvlpt_source_and_target(clip, tmp_path, method):
         "upt": {**BOTH, "MIXER_WIDTH": 8},
         "coop": {"CONTEXT_LENGTH": 2},
         "cocoop": {"CONTEXT_LENGTH": 2, "CONTEXT_INIT": "@init.Normal()"},
-        "vpt": {"IMAGE_TOKENS": 2, "CONTEXT_LENGTH": 0},
+        "vpt": {"IMAGE_TOKENS": 2},
     }[method]
     draws = {**SOURCE, "SEEDS": [1, 2], **own}
     run("mvlpt_source", files, given(clip, tmp_path, kind="SOURCE_TASKS", **draws))

@@ -106,15 +106,16 @@ def _check_sizes(artifact: Artifact, inputs: Inputs, config: CLIPConfig) -> None
     method: Any = artifact.method
     tower, rows = config.image, artifact.runs.num_rows
     kernel, bias = (artifact.params[HEAD][name] for name in ("kernel", "bias"))
-    lane = next(iter(artifact.params[LANE].values()))
     features = config.joint_dim or tower.emb_dim
-    compared = [
+    compared: list[Any] = [
         ("images of {} pixels", inputs.transform["size"], tower.image_size),
-        ("lanes of width {}", lane.shape[-1], tower.emb_dim),
         ("features of width {}", kernel.shape[-1], features),
     ]
+    for name, leaf in artifact.params[LANE].items():
+        sizes = dict(zip(method.parts[LANE].axes[name], leaf.shape, strict=True))
+        compared.append(("lanes of width {}", sizes.get("embed"), tower.emb_dim))
     for what, size, expected in compared:
-        if size != expected:
+        if size is not None and size != expected:
             raise ValueError(
                 f"The artifact {artifact.path} has {what.format(size)}, but the backbone has "
                 f"{what.format(expected)}. {artifacts.COPY_AGAIN}"
