@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from mpt_jax.backbones.clip import lanes as lane_pass
 from mpt_jax.core.shapes import Array, Batch, Float, Params
-from mpt_jax.models.class_scores import tower_variables
 from mpt_jax.models.classifier import PromptedClassifier
 
 
@@ -34,13 +31,10 @@ def lane_attention(
     """
     check_has_selectors(model.prompt.selectors)
     config, tower = model.module.config, params["image_encoder"]
-    variables = tower_variables(params, "image_encoder")
-    encode: Any = model.module.apply
-    _, hidden = encode(variables, batch["image"], None, True, method="encode_image")
     lanes = model.lanes_of_layers(params, None)
 
     def of_image(hidden: tuple[Array, ...]) -> Array:
         kept = model.prompt.drop_and_replace
         return lane_pass.lane_attention(tower, config, hidden, lanes, kept)
 
-    return jax.vmap(of_image)(hidden[:-1]).astype(jnp.float32)
+    return jax.vmap(of_image)(model.layer_inputs(params, batch)).astype(jnp.float32)

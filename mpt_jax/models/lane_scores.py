@@ -53,9 +53,6 @@ class LaneScores:
         """Returns the features of images in the lane of each example's task (J = 1) or, if `every`,
         in the lanes of all K bank rows; of length 1 if `normalize`."""
         config, tower = self.module.config, params["image_encoder"]
-        variables = tower_variables(params, "image_encoder")
-        encode: Any = self.module.apply
-        _, hidden = encode(variables, batch["image"], None, True, method="encode_image")
         lanes = self.lanes_of_layers(params, key)
         if not every:
             own = lambda x: gather_rows(x, batch["task_ids"])[:, None]  # noqa: E731
@@ -71,8 +68,16 @@ class LaneScores:
                 self.prompt.merged_tokens,
             )
 
-        features = jax.vmap(of_image, (0, None if every else 0))(hidden[:-1], lanes)
+        hidden = self.layer_inputs(params, batch)
+        features = jax.vmap(of_image, (0, None if every else 0))(hidden, lanes)
         return normalized(features) if self.normalize else features
+
+    def layer_inputs(self, params: Params, batch: Batch) -> tuple[Float[Array, "B I H"], ...]:
+        """Returns the tokens of images that enter each layer of the frozen image encoder."""
+        variables = tower_variables(params, "image_encoder")
+        encode: Any = self.module.apply
+        _, hidden = encode(variables, batch["image"], None, True, method="encode_image")
+        return hidden[:-1]
 
     def lanes_of_layers(self, params: Params, key: Key | None) -> list[lane_pass.LayerLanes]:
         """Returns what the lanes of all bank rows bring to each layer."""

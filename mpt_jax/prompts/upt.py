@@ -85,20 +85,19 @@ class PromptTransformer:
         for number, (name, shape) in enumerate(sorted(shapes.items())):
             layer, part = name.rsplit("/", 1)
             if part == "scale":
-                values = jnp.ones(shape)
+                values = jnp.ones((len(keys), *shape))
             elif layer.startswith("norm") or (
                 part == "bias" and layer in (*_ATTENTION, "attention_out")
             ):
-                values = jnp.zeros(shape)
+                values = jnp.zeros((len(keys), *shape))
             else:
                 fan_in = shapes[f"{layer}/kernel"][0]
                 bound = (1.5 if layer in _ATTENTION else 1.0) ** 0.5 * fan_in**-0.5
                 drawn = [jax.random.fold_in(key, number) for key in keys]
-                params[name] = jnp.stack(
+                values = jnp.stack(
                     [jax.random.uniform(x, shape, minval=-bound, maxval=bound) for x in drawn]
                 )
-                continue
-            params[name] = jnp.broadcast_to(values, (len(keys), *shape))
+            params[name] = values
         return params
 
     def __call__(

@@ -253,7 +253,7 @@ def test_upt_of_one_site_or_random_methods_fails():
 
 
 def test_initial_transformers_differ_between_groups_and_depend_on_names_only():
-    """So that repetitions in one job are independent, and equal to jobs of their own."""
+    """So that repetitions in one job are independent, and equal to separate jobs."""
     method, names = made(), ["a_s0", "a_s1"]
     both = method.init(KEY, Runs(["a", "a"], names, "independent"), CONTEXT)[TRANSFORMER]
     kernels = both["query"]["kernel"]

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         table = tables.get_table(args.table)
-        suite = look_up(f"suite of {args.table}", args.suite, table.suites)
+        suite = table.suites[args.suite]
         suite = suite.with_digits() if args.labels == "digits" else suite
         whole = table.on(suite)
         whole = conditioned(whole, suite, args)

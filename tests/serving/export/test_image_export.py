@@ -19,15 +19,20 @@ from tests.fixtures.image_files import noise
 PIXELS = np.stack([noise(16, 16, seed) for seed in range(3)])
 
 
+def exported(folder, saved, backbone):
+    """Exports an artifact; returns the folder, and the server that was exported."""
+    server = ImageServer.load([saved.folder], str(backbone))
+    write_images(folder / "exported", server, Settings(("cpu",)))
+    return folder / "exported", server
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """An artifact, and its export in the folder `exported` beside it."""
     folder = tmp_path_factory.mktemp("export")
     clip = image_jobs.write_clip(folder / "clip")
     saved = image_serving.save(folder / "artifact", clip)
-    server = ImageServer.load([saved.folder], str(clip))
-    write_images(folder / "exported", server, Settings(("cpu",)))
-    return folder / "exported", saved
+    return exported(folder, saved, clip)[0], saved
 
 
 def changed(saved, tmp_path, **fields):
@@ -57,9 +62,8 @@ def lanes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lanes")
     vit = lane_serving.write_vit(folder / "vit")
     saved = lane_serving.save(folder / "artifact", vit)
-    server = ImageServer.load([saved.folder], str(vit))
-    write_images(folder / "exported", server, Settings(("cpu",)))
-    return folder / "exported", saved, server
+    target, server = exported(folder, saved, vit)
+    return target, saved, server
 
 
 def test_scores_of_lanes_equal_the_training_model(lanes):
