@@ -75,6 +75,7 @@ def evaluate(
         use_orbax=(use_orbax, True),
     )
     validation.check_settings(dataset_cfg, "EVAL_BATCH_SIZE", partitioner.num_shards)
+    validation.check_vocabularies(dataset_cfg, model)
     compilation_cache.enable()
     evaluator = evaluation.InferenceEvaluator(
         dataset_cfg,

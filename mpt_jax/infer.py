@@ -62,7 +62,7 @@ def infer(
     output_vocab_feature_name: str = "targets",
     file_extension: str = "jsonl",
     summarize_config_fn: Callable[..., None] = gin_utils.summarize_gin_config,
-    verify_matching_vocabs_fn: Callable[..., None] | None = None,
+    verify_matching_vocabs_fn: Callable[..., None] | None = validation.check_vocabularies,
     merge_chunked_results: bool = True,
     checkpoint_ds_iter: bool = True,
     write_fn: Any = None,
@@ -93,7 +93,7 @@ def infer(
         output_vocab_feature_name: the name of the feature whose vocabulary decodes predictions.
         file_extension: the extension of the files.
         summarize_config_fn: called as `(model_dir, writer, step)` for shard 0; writes config.gin.
-        verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
+        verify_matching_vocabs_fn: called as `(dataset_cfg, model)`; None for no check.
         merge_chunked_results, checkpoint_ds_iter, write_fn, merge_fn, keep_aux_as_numpy,
             fallback_init_rng, use_orbax: T5X's; only their defaults are accepted.
 

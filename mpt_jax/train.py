@@ -58,7 +58,7 @@ def train(
     use_orbax: bool = True,
     concurrent_metrics: bool = False,
     gc_period: int = 0,
-    verify_matching_vocabs_fn: Callable[..., None] | None = None,
+    verify_matching_vocabs_fn: Callable[..., None] | None = validation.check_vocabularies,
     get_dataset_fn: Callable[..., Any] | None = None,
     train_eval_get_dataset_fn: Callable[..., Any] | None = None,
 ) -> selection.Scores:
@@ -87,7 +87,7 @@ def train(
         use_orbax: T5X's; must be True.
         concurrent_metrics: T5X's; must be False, since actions read the metrics of their step.
         gc_period: T5X's; not supported.
-        verify_matching_vocabs_fn: called as `(dataset_cfg, model)`.
+        verify_matching_vocabs_fn: called as `(dataset_cfg, model)`; None for no check.
         get_dataset_fn, train_eval_get_dataset_fn: T5X's; not supported.
 
     Returns:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import seqio
+import tensorflow as tf
 
 TARGETS = "targets"
 PLACE = "{}"  # of the class name in a template
@@ -64,6 +65,10 @@ class ClassVocabulary(seqio.PassThroughVocabulary):
     def _decode(self, ids: Sequence[Any]) -> str:
         """Returns the names of the classes with these integer ids, separated by commas."""
         return ", ".join(self.names[number] for number in ids)
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        """Returns what `_decode` does for the ids [..., N], with which T5X's inference decodes."""
+        return tf.strings.reduce_join(tf.gather(self.names, ids), axis=-1, separator=", ")
 
     @property
     def _base_vocab_size(self) -> int:

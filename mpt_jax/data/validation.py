@@ -68,6 +68,29 @@ def check_settings(cfg: Any, setting: str, num_shards: int) -> None:
             )
 
 
+def check_vocabularies(cfg: Any, model: Any) -> None:
+    """Raises ValueError if a task of texts has another vocabulary than the model: its token ids
+    would stand for other pieces of text.
+
+    Args:
+        cfg: the `DatasetConfig`, or T5X's.
+        model: the model; its vocabularies are None if they are unknown or, for images, if no
+            feature of a task has them.
+    """
+    expected = {"inputs": model.input_vocabulary, "targets": model.output_vocabulary}
+    provider = seqio.maybe_get_mixture_or_task(cfg.mixture_or_task_name)
+    for task in seqio.get_subtasks(provider):
+        for name, vocabulary in expected.items():
+            found = task.output_features.get(name)
+            if found is None or vocabulary is None or found.vocabulary == vocabulary:
+                continue
+            raise ValueError(
+                f"The task {task.name!r} has the vocabulary {found.vocabulary} for {name}, and the "
+                f"model has {vocabulary}. Register the task with the vocabulary of its backbone, "
+                "or bind VOCABULARY to that of the task."
+            )
+
+
 def check_config(cfg: Any, provider: Any, converter: Any, hosts: int, endless: bool) -> None:
     """Raises ValueError for settings that would fail later with a less clear message.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
+import seqio
 import tensorflow as tf
 
 from mpt_jax.data import datasets, task_lookup, validation
@@ -47,6 +50,19 @@ def test_settings_that_fit_are_accepted(tmp_path):
     validation.check_settings(config(task_feature_lengths=None), "BATCH_SIZE", 8)
     validation.check_settings(config("n" * 191), "BATCH_SIZE", 8)
     (tmp_path / ("n" * 191 + "-predict_with_aux.jsonl-00000-of-00001.partial_of")).touch()
+
+
+def test_task_with_another_vocabulary_than_the_model_raises():
+    cfg, other = config(), seqio.ByteVocabulary(extra_ids=5)
+    own = cfg.provider().output_features["inputs"].vocabulary
+    for pair in ((own, own), (None, None)):
+        model = types.SimpleNamespace(input_vocabulary=pair[0], output_vocabulary=pair[1])
+        validation.check_vocabularies(cfg, model)
+    for pair, feature in (((other, own), "inputs"), ((own, other), "targets")):
+        model = types.SimpleNamespace(input_vocabulary=pair[0], output_vocabulary=pair[1])
+        message = f"'val_numbers' has the vocabulary .* for {feature}, and .*bind VOCABULARY"
+        with pytest.raises(ValueError, match=message):
+            validation.check_vocabularies(cfg, model)
 
 
 def test_train_indivisible_batch_raises_before_data_is_read(backbone, tmp_path, monkeypatch):

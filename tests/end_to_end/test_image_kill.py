@@ -19,7 +19,11 @@ pytestmark = pytest.mark.slow
 
 KILLS = 2
 AUGMENTED = {"AUGMENTATION": "@image_transforms.Augmentation()"}
-BOTH = {"CONTEXT_LENGTH": 2, "IMAGE_TOKENS": 2, "SHOTS": [2], "SEEDS": [1], **AUGMENTED}
+TOKENS = {"CONTEXT_LENGTH": 2, "IMAGE_TOKENS": 2, **AUGMENTED}
+UNIFIED = {**TOKENS, "MIXER_WIDTH": 8}
+TWO_SHOTS = {"SHOTS": [2], "SEEDS": [1]}
+STUDENT = {**TWO_SHOTS, "DISTILL_FROM": "zero_shot"}  # needs no teachers
+BOTH = {**TOKENS, **TWO_SHOTS}
 PAIR = ["job_pets", "job_tags"]
 
 
@@ -41,9 +45,14 @@ class Stage(NamedTuple):
 
 STAGES = {
     "vpt_target": Stage("vpt_target", {"IMAGE_TOKENS": 2, **AUGMENTED}),
+    "coop_target": Stage("coop_target", {"CONTEXT_LENGTH": 2, **AUGMENTED}),
+    "linear_probe": Stage("linear_probe", {}),
     # Two draws, each with one prompt for both tasks; each step has examples drawn from them.
     "mvlpt_source": Stage("mvlpt_source", {**BOTH, "SEEDS": [1, 2], "MIXER_WIDTH": 8}),
+    "mvlpt_target": Stage("mvlpt_target", UNIFIED, before=("mvlpt_source", TWO_SHOTS)),
+    "clip_pt_source": Stage("clip_pt_source", BOTH),
     "clip_mpt_source": Stage("clip_mpt_source", BOTH, before=("clip_pt_source", {})),
+    "clip_mpt_target": Stage("clip_mpt_target", TOKENS, before=("clip_mpt_source", STUDENT)),
     # The second lane trains beside the first, which is held.
     "multilane": Stage("multilane", {"STEP": 2}, "multilane_2", ("multilane", {"STEP": 1})),
 }

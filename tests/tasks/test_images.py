@@ -233,6 +233,10 @@ def test_class_digest_covers_names_templates_and_kind():
     vocabulary = ClassVocabulary(lambda: ["a", "b"], ("{}",))
     assert vocabulary.digest == digest()
     assert vocabulary == ClassVocabulary(("a", "c"), ("{}",)) != seqio.PassThroughVocabulary(2)
+    assert vocabulary.decode_tf(tf.constant([[1, 0], [0, 0]])).numpy().tolist() == [
+        b"b, a",
+        b"a, a",
+    ]
     assert vocabulary.vocab_size == 2 and normalized("Yin_Yang  (x)") == "yin yang x"
 
 
