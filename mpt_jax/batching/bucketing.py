@@ -9,6 +9,7 @@ removes more padding. Packing, whose rows all have one length, is the other way 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from mpt_jax.core.batch import num_rows
 # Number of batches whose examples are sorted together: enough for batches of similar lengths, while
 # a saved data position holds only 512 examples of a few hundred bytes each at B = 32.
 WINDOW = 16
+# The stream of random numbers that shuffle the batches of a window.
+STREAM = zlib.crc32(b"mpt_jax.data.windows") & 0x7FFFFFFF
 # Batches with smaller limits are not trimmed by default: more programs would cost more than they
 # save. The limit of targets is low, because few reach it and each position has logits of the whole
 # vocabulary.

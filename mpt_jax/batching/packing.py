@@ -1,4 +1,4 @@
-"""Best-fit packing of the examples of a window into rows.
+"""Best-fit packing of the examples of windows into rows.
 
 The longest examples are placed first. SeqIO packs in order of arrival: it keeps one row open and
 closes it at the first example that does not fit (docs/performance.md compares the two).
@@ -8,45 +8,70 @@ from __future__ import annotations
 
 import numpy as np
 
+_WIDER = 32  # rows that are added when all rows of a window are open
 
-def best_fit(lengths: np.ndarray, capacity: tuple[int, int]) -> list[list[int]]:
-    """Assigns examples to rows by the best-fit heuristic, which keeps the number of rows low.
+
+def best_fit(lengths: np.ndarray, capacity: tuple[int, int]) -> np.ndarray:
+    """Assigns the examples of a window to rows by the best-fit heuristic, which keeps the number of
+    rows low; the windows of a stack independently.
 
     Examples are placed in order of decreasing encoder length. Each is placed into the row that has
     the fewest encoder positions left but still has room for the example. Rows are ordered by their
-    first example, and the examples of a row by index, so a window keeps its order as far as packing
-    allows.
+    first example, so a window keeps its order as far as packing allows.
 
     Args:
         lengths: the number of encoder positions (prompt slots included) and of target positions of
-            each example, [n, 2].
+            each example, at least 1 each.
         capacity: the number of encoder and of target positions of a row, (T, L).
 
     Returns:
-        For each row, the indices of its examples.
+        The row of each example, from 0 in each window.
 
     Raises:
         ValueError: an example is longer than a row.
     """
-    lengths = np.asarray(lengths, np.int64).reshape(-1, 2)
-    room = np.asarray(capacity, np.int64)
-    if (lengths > room).any():
-        worst = lengths[(lengths > room).any(axis=1)][0].tolist()
+    lengths = np.asarray(lengths)
+    if (lengths > capacity).any():
+        worst = lengths[(lengths > capacity).any(axis=-1)][0].tolist()
         raise ValueError(
             f"An example needs {worst[0]} encoder and {worst[1]} target positions, but a packed "
             f"row has {capacity[0]} and {capacity[1]}. Use longer rows (PACK_LENGTHS) or shorter "
             "examples (TASK_FEATURE_LENGTHS)."
         )
-    # Each example may need its own row. Rows that are still empty have all their room.
-    left = np.tile(room, (len(lengths), 1))
-    rows: list[list[int]] = []
-    for index in np.argsort(-lengths[:, 0], kind="stable").tolist():
-        need = lengths[index]
-        fits = (left[: len(rows)] >= need).all(axis=1)
-        best = int(np.where(fits, left[: len(rows), 0], np.inf).argmin()) if fits.any() else -1
-        if best < 0:
-            best = len(rows)
-            rows.append([])
-        rows[best].append(index)
-        left[best] -= need
-    return sorted(sorted(row) for row in rows)
+    windows = lengths.reshape(-1, *lengths.shape[-2:])
+    return _by_first_example(_opened(windows, capacity)).reshape(lengths.shape[:-1])
+
+
+def _opened(lengths: np.ndarray, capacity: tuple[int, int]) -> np.ndarray:
+    """Returns the row of each example, numbered in the order in which rows are opened."""
+    # All windows take a step together. Narrow integers make the steps of many windows fast.
+    kind = np.int16 if max(capacity) < 2**15 - 1 else np.int64
+    none = np.iinfo(kind).max
+    number, count = lengths.shape[:2]
+    windows = np.arange(number)
+    order = np.argsort(-lengths[..., 0], axis=1, kind="stable")
+    needed = np.take_along_axis(lengths, order[..., None], axis=1).transpose(1, 2, 0).astype(kind)
+    left = [np.full((number, _WIDER), room, kind) for room in capacity]
+    rows = np.empty((number, count), np.int64)
+    for place in range(count):
+        encoder, decoder = needed[place]
+        fits = (left[0] >= encoder[:, None]) & (left[1] >= decoder[:, None])
+        # A row that is not open has more room than any other, so it is chosen only if none fits.
+        best = np.where(fits, left[0], none).argmin(axis=1)
+        rows[windows, order[:, place]] = best
+        left[0][windows, best] -= encoder
+        left[1][windows, best] -= decoder
+        if best.max() == left[0].shape[1] - 1:
+            wider = [np.full((number, _WIDER), room, kind) for room in capacity]
+            left = [np.concatenate(pair, axis=1) for pair in zip(left, wider, strict=True)]
+    return rows
+
+
+def _by_first_example(rows: np.ndarray) -> np.ndarray:
+    """Numbers the rows of each window by their first examples."""
+    number, count = rows.shape
+    first = np.full((number, count), count)
+    np.minimum.at(first, (np.arange(number)[:, None], rows), np.arange(count))
+    renamed = np.empty_like(rows)
+    np.put_along_axis(renamed, np.argsort(first, axis=1), np.arange(count)[None], axis=1)
+    return np.take_along_axis(renamed, rows, axis=1)

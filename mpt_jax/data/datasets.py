@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,9 @@ from mpt_jax.batching import bucketing
 from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
 from mpt_jax.core.runs import unknown_name
-from mpt_jax.data import task_lookup, token_tables, validation
+from mpt_jax.data import iterators, table_batches, task_lookup, token_tables, validation
 from mpt_jax.data.classes import is_image_task
+from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.iterators import (
     EvalBatches,
     HostShard,
@@ -32,7 +32,6 @@ from mpt_jax.data.preprocessors import TASK_IDS
 from mpt_jax.data.sampling import TaskMixture, equal_shares, task_mixture
 
 STANDARD_SPLITS = ("train", "validation", "test")
-_WINDOWS = zlib.crc32(b"mpt_jax.data.windows") & 0x7FFFFFFF
 
 
 @dataclasses.dataclass
@@ -117,6 +116,15 @@ class DatasetConfig:
         if not pack:
             return feature_converter_cls(pack=False)
         return feature_converter_cls(pack=True, use_custom_packing_ops=self.use_custom_packing_ops)
+
+    def reading(self) -> dict[str, Any]:
+        """Returns the settings with which tasks are read."""
+        return {
+            "sequence_length": dict(self.task_feature_lengths or {}),
+            "use_cached": self.use_cached,
+            "seed": self.seed,
+            "trim_output_features": self.trim_output_features,
+        }
 
     def buckets(
         self, converter: Any, limits: Mapping[str, int] | None = None
@@ -203,14 +211,11 @@ def _batches(
     validation.check_config(cfg, provider, converter, hosts, endless=num_epochs is None)
     batch_size = cfg.batch_size // hosts
     dataset = provider.get_dataset(
-        dict(cfg.task_feature_lengths or {}),
+        **cfg.reading(),
         split=cfg.split,
-        use_cached=cfg.use_cached,
         shuffle=cfg.shuffle,
         num_epochs=num_epochs,
         shard_info=shard,
-        seed=cfg.seed,
-        trim_output_features=cfg.trim_output_features,
     )
     if cfg.by_length:
         dataset = by_length(dataset, batch_size, equal_shares(provider) or 1, cfg.seed or 0)
@@ -246,7 +251,7 @@ def by_length(dataset: tf.data.Dataset, batch_size: int, shares: int, seed: int)
         by_share = tf.argsort(to_shares(lengths), stable=True)
         order = tf.gather(to_shares(tf.range(window * batch_size)), by_share, batch_dims=1)
         order = tf.transpose(tf.reshape(order, [shares, window, share]), [1, 0, 2])
-        key = token_tables.stream_key(seed, _WINDOWS, number)
+        key = token_tables.stream_key(seed, bucketing.STREAM, number)
         shuffled = tf.argsort(tf.random.stateless_uniform([window], key, alg="philox"))
         order = tf.reshape(tf.gather(order, shuffled), [-1])
         return {name: tf.gather(value, order) for name, value in features.items()}
@@ -277,30 +282,47 @@ def train_iterator(
     """
     share = HostShard(cfg.batch_size, num_hosts, host_index)
     provider, converter = cfg.provider(), cfg.converter(feature_converter_cls, cfg.pack)
-    # Every host makes whole batches, so that a batch does not depend on the number of hosts.
-    dataset = _batches(cfg, provider, converter, seqio.ShardInfo(0, 1), num_epochs=None)
-    options = tf.data.Options()
-    options.deterministic = True
-    tasks = seqio.get_subtasks(provider)
-    # Prefetched batches are saved with the data position, except those of images, which are large:
-    # their position is counts, from which the same batches are made again.
-    if isinstance(provider, TaskMixture) and all(map(is_image_task, tasks)):
-        options.experimental_symbolic_checkpoint = True
-    # Steps take milliseconds to seconds, so two prefetched batches suffice.
-    dataset = dataset.prefetch(2).with_options(options)
-    sampler = getattr(provider, "sampler", None)
+    tasks, buckets = seqio.get_subtasks(provider), cfg.buckets(converter)
+    if _has_tables(provider, converter):
+        validation.check_config(cfg, provider, converter, num_hosts, endless=True)
+        tables = provider.read(**cfg.reading(), split=cfg.split)
+        validation.check_lengths(provider.overlong, converter, cfg.task_feature_lengths)
+        source: Any = iterators.TableSource(
+            table_batches.of_mixture(provider, tables, cfg, converter, buckets, share)
+        )
+        lengths = converter.get_model_feature_lengths(cfg.task_feature_lengths)
+        shapes = {name: [cfg.batch_size, length] for name, length in sorted(lengths.items())}
+    else:
+        # Every host makes whole batches, so that a batch does not depend on the number of hosts.
+        dataset = _batches(cfg, provider, converter, seqio.ShardInfo(0, 1), num_epochs=None)
+        options = tf.data.Options()
+        options.deterministic = True
+        # Prefetched batches are saved with the data position, except those of images, which are
+        # large: their position is counts, from which the same batches are made again.
+        if isinstance(provider, TaskMixture) and all(map(is_image_task, tasks)):
+            options.experimental_symbolic_checkpoint = True
+        # Steps take milliseconds to seconds, so two prefetched batches suffice.
+        dataset = dataset.prefetch(2).with_options(options)
+        source = iterators.DatasetSource(dataset, share, buckets)
+        shapes = {name: list(s.shape) for name, s in sorted(dataset.element_spec.items())}
     identity = {
         "tasks": [task.name for task in tasks],
-        "sampler": repr(sampler),
+        "sampler": repr(getattr(provider, "sampler", None)),
         "split": cfg.split,
         "seed": cfg.seed,
         "shuffle": cfg.shuffle,
-        "features": {name: list(s.shape) for name, s in sorted(dataset.element_spec.items())},
+        "features": shapes,
         "by_length": cfg.by_length,
         "pack_window": getattr(converter, "pack_window", None) if cfg.pack else None,
     }
-    prompt_length = getattr(converter, "prompt_length", 0)
-    return TrainIterator(dataset, share, identity, cfg.buckets(converter), prompt_length)
+    return TrainIterator(source, share, identity, getattr(converter, "prompt_length", 0))
+
+
+def _has_tables(provider: Any, converter: Any) -> bool:
+    """Whether batches are made from token tables: those of a `TaskMixture` of texts."""
+    if not isinstance(provider, TaskMixture) or type(converter) is not PromptFeatureConverter:
+        return False
+    return not any(is_image_task(task) for task in seqio.get_subtasks(provider))
 
 
 def eval_batches(

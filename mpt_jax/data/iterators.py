@@ -13,7 +13,8 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -21,14 +22,16 @@ import tensorflow as tf
 from absl import logging
 
 from mpt_jax.batching import bucketing
+from mpt_jax.batching.arrangements import Position
 from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
+from mpt_jax.batching.train_batches import TrainBatches
 from mpt_jax.core import schema
 from mpt_jax.core.batch import num_rows
 from mpt_jax.core.comparison import check_same
 from mpt_jax.data.dataset_iterator import DatasetIterator
 
-_POSITION = "position.json"
+_POSITION, _PLACE = "position.json", "place.json"
 
 
 class PositionHeader(msgspec.Struct):
@@ -36,6 +39,14 @@ class PositionHeader(msgspec.Struct):
 
     identity: dict[str, Any]
     batches_taken: schema.Count
+
+
+class _Place(msgspec.Struct):
+    """The schema of a place in token tables (see `arrangements.Position`)."""
+
+    taken: schema.Count
+    counts: list[schema.Count]
+    rows: schema.Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,32 +77,100 @@ class HostShard:
         return {name: fill(x, self.batch_size)[rows] for name, x in batch.items()}
 
 
-class TrainIterator(Iterator[Batch]):
-    """Iterator over this host's rows of the training batches, with a position that can be saved.
+class Source(Protocol):
+    """A source of this host's rows of the training batches, with a position."""
 
-    Every host builds the global batches and keeps its own rows. The batch of a step therefore does
-    not depend on the number of hosts, and a position can be restored on any number of hosts.
+    def __next__(self) -> Batch:
+        """Returns the next batch."""
+        ...
+
+    def save(self) -> dict[str, bytes]:
+        """Returns the position as the contents of files, by name."""
+        ...
+
+    def restore(self, files: Mapping[str, bytes], batches: int) -> None:
+        """Restores a position after `batches`; the files are those of any source."""
+        ...
+
+
+class DatasetSource(Source):
+    """Batches of a tf.data dataset. Every host makes the global batches and keeps its own rows.
 
     Args:
         dataset: the dataset of global batches.
         share: this host's shard of a batch.
+        buckets: the lengths that batches are trimmed to; None for one length.
+    """
+
+    def __init__(
+        self, dataset: tf.data.Dataset, share: HostShard, buckets: LengthBuckets | None = None
+    ):
+        self._iterator = DatasetIterator(dataset)
+        self._share, self._buckets = share, buckets
+
+    def __next__(self) -> Batch:
+        batch = _arrays(next(self._iterator))
+        return self._share.rows_of_host(self._buckets.trim(batch) if self._buckets else batch)
+
+    def save(self) -> dict[str, bytes]:
+        """Returns TensorFlow's checkpoint of the position."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._iterator.checkpoint.write(os.path.join(folder, "position"))
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+    def restore(self, files: Mapping[str, bytes], batches: int) -> None:
+        """Restores TensorFlow's checkpoint."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, os.path.basename(name)).write_bytes(content)
+            self._iterator.checkpoint.read(os.path.join(folder, "position")).assert_consumed()
+
+
+class TableSource(Source):
+    """Batches of token tables, of which every host makes its own rows."""
+
+    def __init__(self, batches: TrainBatches):
+        self._batches = batches
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def save(self) -> dict[str, bytes]:
+        """Returns the numbers that describe the position."""
+        taken, counts, rows = self._batches.arrangement.position
+        place = _Place(taken, counts.tolist(), rows)
+        return {_PLACE: msgspec.json.encode(place)}
+
+    def restore(self, files: Mapping[str, bytes], batches: int) -> None:
+        """Restores a position. One that tf.data saved is found again from the number of batches."""
+        if _PLACE not in files:
+            logging.info("Finding the data position after %d batches.", batches)
+            self._batches.arrangement.skip_to(batches)
+            return
+        place = schema.load(files[_PLACE], _Place, "its place", "")
+        self._batches.arrangement.restore(
+            Position(place.taken, np.array(place.counts, np.int64), place.rows)
+        )
+
+
+class TrainIterator(Iterator[Batch]):
+    """Iterator over this host's rows of the training batches, with a position that can be saved.
+
+    The batch of a step does not depend on the number of hosts, and a position can be restored on
+    any number of hosts.
+
+    Args:
+        source: the batches.
+        share: this host's shard of a batch.
         identity: JSON values that describe the data. A position is restored only if they are equal
             to the saved ones.
-        buckets: the lengths that batches are trimmed to; None for one length.
         prompt_length: P; errors subtract it from encoder lengths, to show the limits on text.
     """
 
     def __init__(
-        self,
-        dataset: tf.data.Dataset,
-        share: HostShard,
-        identity: Mapping[str, Any],
-        buckets: LengthBuckets | None = None,
-        prompt_length: int = 0,
+        self, source: Source, share: HostShard, identity: Mapping[str, Any], prompt_length: int = 0
     ):
-        self._iterator = DatasetIterator(dataset)
-        self._share = share
-        self._buckets = buckets
+        self._source, self._share = source, share
         self._prompt_length = prompt_length
         self._identity = json.loads(json.dumps(dict(identity)))
         self._taken = 0
@@ -99,7 +178,7 @@ class TrainIterator(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         try:
-            batch = next(self._iterator)
+            batch = next(self._source)
         except StopIteration:
             if self._taken:
                 raise
@@ -109,18 +188,16 @@ class TrainIterator(Iterator[Batch]):
                 "DatasetConfig.batch_size, or choose another split."
             ) from None
         self._taken += 1
-        batch = _arrays(batch)
-        return self._share.rows_of_host(self._buckets.trim(batch) if self._buckets else batch)
+        return batch
 
     def state(self) -> bytes:
         """Returns the position. After it is restored, iteration continues with the next batch."""
         content = io.BytesIO()
-        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(content, "w") as archive:
-            self._iterator.checkpoint.write(os.path.join(folder, "position"))
+        with zipfile.ZipFile(content, "w") as archive:
             header = {"identity": self._identity, "batches_taken": self._taken}
             archive.writestr(_POSITION, json.dumps(header))
-            for name in sorted(os.listdir(folder)):
-                archive.write(os.path.join(folder, name), name)
+            for name, value in self._source.save().items():
+                archive.writestr(name, value)
         if not self._reported:
             logging.info("Size of the data position: %.1f KB.", len(content.getvalue()) / 1000)
             self._reported = True
@@ -147,11 +224,8 @@ class TrainIterator(Iterator[Batch]):
             what="The data position",
             advice="Restore the saved values, or choose another MODEL_DIR to start over.",
         )
-        with tempfile.TemporaryDirectory() as folder, schema.damage(what, advice):
-            for name, content in entries.items():
-                with open(os.path.join(folder, os.path.basename(name)), "wb") as file:
-                    file.write(content)
-            self._iterator.checkpoint.read(os.path.join(folder, "position")).assert_consumed()
+        with schema.damage(what, advice):
+            self._source.restore(entries, header.batches_taken)
         self._taken = header.batches_taken
 
 

@@ -7,7 +7,6 @@ endless stream of each task's examples, in which every pass is a permutation tha
 many.
 """
 
-import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,17 +16,20 @@ import seqio
 import tensorflow as tf
 from absl import logging
 
-from mpt_jax.core.comparison import abbreviate
-from mpt_jax.data.classes import is_image_task
-from mpt_jax.data.samplers import (
+from mpt_jax.batching.example_order import ExampleOrder
+from mpt_jax.batching.samplers import (
     EqualQuotas,
     LastOfEach,
     PerExample,
     Sampler,
     StochasticTasks,
 )
+from mpt_jax.core.comparison import abbreviate
+from mpt_jax.core.runs import data_name
+from mpt_jax.data.classes import is_image_task
+from mpt_jax.data.preprocessors import task_id
 from mpt_jax.data.task_lookup import find_task, import_suites
-from mpt_jax.data.token_tables import joined_lookup, read_table
+from mpt_jax.data.token_tables import ExampleTable, TokenTable, joined_lookup, read_table
 
 __all__ = [  # gin files name the samplers of this module
     "EqualQuotas",
@@ -127,22 +129,9 @@ class TaskMixture(seqio.Mixture):
                 num_epochs=num_epochs,
                 **evaluation_only,
             )
-        if seed is not None and seed != self.sampler.seed:
-            raise ValueError(
-                f"DatasetConfig.seed is {seed}, but the sampler of {self.name!r} has the seed "
-                f"{self.sampler.seed}. Bind both to the same macro, such as RANDOM_SEED. (T5X "
-                "replaces a seed of None with the time.)"
-            )
-        tables = [
-            read_table(find_task(name), split, seed=self.sampler.seed, **arguments)
-            for name in self.task_names
-        ]
-        self.overlong = {t.name: (t.num_overlong, t.num_examples) for t in tables}
+        tables = self.read(split, seed=seed, **arguments)
         sizes = np.array([table.num_examples for table in tables])
         hosts = shard_info or seqio.ShardInfo(index=0, num_shards=1)
-        sampler = dataclasses.replace(
-            self.sampler, num_hosts=hosts.num_shards, host_index=hosts.index
-        )
         # Streams of indices into the joined tables, so that examples are looked up only once.
         firsts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         # Augmentation needs the pass, so it is added to the indices of images.
@@ -153,12 +142,41 @@ class TaskMixture(seqio.Mixture):
             )
             for table, first in zip(tables, firsts, strict=True)
         ]
-        weights = self.weights(sizes)
-        self._shares = sampler.expected_shares(weights)
-        self._log_shares(weights)
+        mixed = _mixed(streams, self.sampler, self.weights(sizes))
+        if hosts.num_shards > 1:
+            mixed = mixed.shard(hosts.num_shards, hosts.index)
         example_at = tf.autograph.experimental.do_not_convert(joined_lookup(tables, stride))
-        mixed = sampler(streams, weights.tolist())
         return mixed.map(example_at, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def read(self, split: str, seed: int | None, **settings: Any) -> list[ExampleTable]:
+        """Returns the token table of each task; see `get_dataset` for what is set and raised.
+
+        Args:
+            split, seed: the split, and the seed of `DatasetConfig`.
+            settings: see `token_tables.read_table`.
+        """
+        if seed is not None and seed != self.sampler.seed:
+            raise ValueError(
+                f"DatasetConfig.seed is {seed}, but the sampler of {self.name!r} has the seed "
+                f"{self.sampler.seed}. Bind both to the same macro, such as RANDOM_SEED. (T5X "
+                "replaces a seed of None with the time.)"
+            )
+        tables = [
+            read_table(find_task(name), split, seed=self.sampler.seed, **settings)
+            for name in self.task_names
+        ]
+        self.overlong = {t.name: (t.num_overlong, t.num_examples) for t in tables}
+        weights = self.weights(np.array([table.num_examples for table in tables]))
+        self.sampler.check(len(tables))
+        self._shares = self.sampler.expected_shares(weights)
+        self._log_shares(weights)
+        return tables
+
+    def order(self, tables: Sequence[TokenTable], shuffle: bool) -> ExampleOrder:
+        """Returns the endless order of the examples of the tasks' tables."""
+        sizes = np.array([table.num_examples for table in tables])
+        streams = [task_id(data_name(table.name)) for table in tables]
+        return ExampleOrder(self.sampler, self.weights(sizes), sizes, streams, shuffle)
 
     def weights(self, sizes: np.ndarray) -> np.ndarray:
         """Returns the mixing weights [K] of tasks with `sizes` [K] examples."""
@@ -196,6 +214,22 @@ class TaskMixture(seqio.Mixture):
             "the mixing weights): %s.",
             abbreviate(shares),
         )
+
+
+def _mixed(streams: Sequence[Any], sampler: Sampler, weights: np.ndarray) -> tf.data.Dataset:
+    """Returns the elements of endless streams in the order that a sampler draws."""
+
+    def draw(step: tf.Tensor) -> tf.Tensor:
+        # Stateless, because tf.data cannot save the position of a stateful function.
+        tasks = tf.numpy_function(
+            lambda number: sampler.draw(number[None], weights)[0], [step], tf.int64, stateful=False
+        )
+        tasks.set_shape([sampler.batch_size])
+        return tasks
+
+    steps = tf.data.Dataset.range(np.iinfo(np.int64).max)
+    choices = steps.map(tf.autograph.experimental.do_not_convert(draw)).unbatch()
+    return tf.data.Dataset.choose_from_datasets(list(streams), choices)
 
 
 def report_exposure(provider: Any, steps: int, shared: bool) -> dict[str, dict[str, float]]:

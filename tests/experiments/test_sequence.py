@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from mpt_jax.data.samplers import LastOfEach
+from mpt_jax.batching.samplers import LastOfEach
 from mpt_jax.experiments import sequence
 from mpt_jax.experiments.sequence_metrics import of_stages, sequence_scores
 

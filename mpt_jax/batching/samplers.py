@@ -1,20 +1,15 @@
 """Samplers, which choose the tasks in each batch.
 
 A sampler draws the task of each of the B examples of a batch. The draws depend only on the seed and
-the step and are made for the global batch, so all hosts agree on them. The examples are then dealt
-to the hosts in turn.
-
-A sampler has the interface of a SeqIO `sample_fn`, but it mixes unsharded, endless streams.
+the step and are made for the global batch, so all hosts agree on them.
 """
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
-import tensorflow as tf
 
-from mpt_jax.data.token_tables import stream_key
+from mpt_jax.batching import random_bits
 
 SHARE_STEPS = 2000  # steps whose draws estimate the shares of tasks, to about 0.01
 _MOST_EXACT = 16  # tasks whose shares are computed exactly, from all 2^16 sets of them
@@ -28,8 +23,8 @@ class Sampler:
     Attributes:
         batch_size: B, the number of examples (not packed rows) per step over all hosts.
         seed: seed of all draws, 0 .. 2^31 - 1.
-        num_hosts: number of hosts that the batch is dealt to; must divide `batch_size`.
-        host_index: index of this host.
+        num_hosts: number of hosts that real T5X deals the batch to; must divide `batch_size`.
+        host_index: index of this host, for real T5X.
 
     Raises:
         ValueError: `batch_size` or `seed` is out of range.
@@ -68,47 +63,21 @@ class Sampler:
         Args:
             weights: the mixing weights [K], as for `draw`.
         """
-        draws = self._choices(tf.data.Dataset.range(SHARE_STEPS), weights)
-        counts = [np.bincount(tasks, minlength=len(weights)) for tasks in draws.as_numpy_iterator()]
-        return np.mean(counts, axis=0) / self.batch_size
+        draws = self.draw(np.arange(SHARE_STEPS), weights)
+        return np.bincount(draws.ravel(), minlength=len(weights)) / draws.size
 
-    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-        """Returns the task indices [B] of the examples of the global batch at `step`.
+    def draw(self, steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Returns the task indices of the examples of the global batch at each of `steps`.
 
         Args:
-            step: the step, a scalar int64.
-            weights: the positive mixing weights [K] of the tasks; they need not sum to 1.
+            steps: the steps.
+            weights: the positive mixing weights of the tasks; they need not sum to 1.
         """
         raise NotImplementedError
 
-    def __call__(
-        self, streams: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None = None
-    ) -> tf.data.Dataset:
-        """Interleaves endless, unsharded `streams` and returns this host's shard of the result."""
-        del seed  # The sampler's is always set and equal on all hosts; SeqIO's may be neither.
-        weights = np.asarray(rates, np.float64)
-        if not (weights > 0).all():
-            raise ValueError(
-                f"Mixing weights must be positive, got {weights.tolist()}. Correct rates or cap of "
-                "sampling.task_mixture. To leave a task out, remove it from task_names."
-            )
-        self.check(len(streams))
-        steps = tf.data.Dataset.range(np.iinfo(np.int64).max)
-        choices = self._choices(steps, weights).unbatch()
-        mixed = tf.data.Dataset.choose_from_datasets(streams, choices)
-        return mixed.shard(self.num_hosts, self.host_index) if self.num_hosts > 1 else mixed
-
-    def _choices(self, steps: tf.data.Dataset, weights: np.ndarray) -> tf.data.Dataset:
-        """Returns what `draw` returns for each of `steps`."""
-        return steps.map(
-            tf.autograph.experimental.do_not_convert(lambda step: self.draw(step, weights))
-        )
-
-    def _uniform(self, step: tf.Tensor, count: int) -> tf.Tensor:
-        """Returns `count` float64 values drawn uniformly from [0, 1) for `step`."""
-        return tf.random.stateless_uniform(
-            [count], stream_key(self.seed, _DRAWS, step), dtype=tf.float64, alg="philox"
-        )
+    def _uniform(self, steps: np.ndarray, count: int) -> np.ndarray:
+        """Returns `count` float64 values drawn uniformly from [0, 1) for each of `steps`."""
+        return random_bits.uniform(self.seed, _DRAWS, steps, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,21 +127,24 @@ class StochasticTasks(Sampler):
         shares = [self._quotas(count) @ drawn[:count] for count in counts]
         return np.mean(shares, axis=0) / self.batch_size
 
-    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-        kappa = self._kappa(len(weights))
-        uniform = self._uniform(step, 2 + max(kappa, len(weights)))
-        count = 2 + tf.cast(uniform[0] * (kappa - 1), tf.int32)
-        batch_size = tf.constant(self.batch_size)
-        quota, rest = batch_size // count, tf.math.floormod(batch_size, count)
+    def draw(self, steps, weights):
+        kappa, most = self._kappa(len(weights)), len(weights)
+        uniform = self._uniform(steps, 2 + max(kappa, most))
+        count = 2 + (uniform[:, :1] * (kappa - 1)).astype(np.int64)
+        quota, rest = np.divmod(self.batch_size, count)
+        place = np.arange(self.batch_size)
         if self.replacement:
-            tasks = _categorical(weights, uniform[2 : 2 + kappa])[:count]
-            lucky = tf.cast(uniform[1] * tf.cast(count, tf.float64), tf.int32)
-            extra = rest * tf.one_hot(lucky, count, dtype=tf.int32)
+            tasks = _categorical(weights, uniform[:, 2 : 2 + kappa])
+            lucky = (uniform[:, 1:2] * count).astype(np.int64)
+            before = np.minimum(place // quota, lucky)
+            after = np.maximum(place - rest, 0) // quota
+            drawn = np.maximum(before, after)
         else:
-            scores = np.log(weights) - tf.math.log(-tf.math.log(uniform[2 : 2 + len(weights)]))
-            tasks = tf.argsort(scores, direction="DESCENDING")[:count]
-            extra = tf.cast(tf.range(count) < rest, tf.int32)
-        return tf.cast(tf.repeat(tasks, quota + extra), tf.int64)
+            scores = np.log(weights) - np.log(-np.log(uniform[:, 2 : 2 + most]))
+            tasks = np.argsort(-scores, axis=1, kind="stable")
+            longer = rest * (quota + 1)  # the examples of the tasks that supply one more
+            drawn = np.where(place < longer, place // (quota + 1), rest + (place - longer) // quota)
+        return np.take_along_axis(tasks, drawn, axis=1)
 
     def _quotas(self, count: int) -> np.ndarray:
         """Returns the numbers of examples [count] of the drawn tasks, in the order of drawing."""
@@ -190,9 +162,8 @@ class PerExample(Sampler):
     def expected_shares(self, weights: np.ndarray) -> np.ndarray:
         return weights / weights.sum()
 
-    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-        tasks = _categorical(weights, self._uniform(step, self.batch_size))
-        return tf.cast(tasks, tf.int64)
+    def draw(self, steps, weights):
+        return _categorical(weights, self._uniform(steps, self.batch_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +189,9 @@ class EqualQuotas(Sampler):
     def expected_shares(self, weights: np.ndarray) -> np.ndarray:
         return np.full(len(weights), 1 / len(weights))
 
-    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-        del step
-        return tf.repeat(tf.range(len(weights), dtype=tf.int64), self.batch_size // len(weights))
+    def draw(self, steps, weights):
+        tasks = np.repeat(np.arange(len(weights)), self.batch_size // len(weights))
+        return np.broadcast_to(tasks, (len(steps), len(tasks)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,20 +224,19 @@ class LastOfEach(Sampler):
         shares[self._last(len(weights))] = 1 / self.sequences
         return shares
 
-    def draw(self, step: tf.Tensor, weights: np.ndarray) -> tf.Tensor:
-        del step
-        last = tf.constant(self._last(len(weights)), tf.int64)
-        return tf.repeat(last, self.batch_size // self.sequences)
+    def draw(self, steps, weights):
+        tasks = np.repeat(self._last(len(weights)), self.batch_size // self.sequences)
+        return np.broadcast_to(tasks, (len(steps), len(tasks)))
 
     def _last(self, num_tasks: int) -> np.ndarray:
         length = num_tasks // self.sequences
         return np.arange(length - 1, num_tasks, length)
 
 
-def _categorical(weights: np.ndarray, uniform: tf.Tensor) -> tf.Tensor:
+def _categorical(weights: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """Returns one index, drawn by `weights` [K], for each value of `uniform` from [0, 1)."""
-    bounds = tf.constant(np.cumsum(weights)[:-1] / np.sum(weights))
-    return tf.searchsorted(bounds, uniform, side="right")
+    bounds = np.cumsum(weights)[:-1] / np.sum(weights)
+    return np.searchsorted(bounds, uniform, side="right")
 
 
 def _chances_by_position(weights: np.ndarray, count: int) -> np.ndarray:
