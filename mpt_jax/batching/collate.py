@@ -148,7 +148,8 @@ def packed(
             )
     needed = np.stack([reserved + inputs.lengths, targets.lengths], axis=1)
     places = packed_places(packing.best_fit(needed, shape), needed)
-    return packed_rows(inputs, targets, banks, reserved, places, (places.rows.max() + 1, *shape))
+    number = int(places.rows.max()) + 1
+    return packed_rows(inputs, targets, banks, reserved, places, (number, *shape))
 
 
 def packed_places(rows: np.ndarray, needed: np.ndarray) -> Places:

@@ -6,6 +6,7 @@ batches that tf.data has prefetched, except batches of images.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import io
 import json
@@ -14,7 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -77,20 +78,16 @@ class HostShard:
         return {name: fill(x, self.batch_size)[rows] for name, x in batch.items()}
 
 
-class Source(Protocol):
-    """A source of this host's rows of the training batches, with a position."""
+class Source(Iterator[Batch]):
+    """Base class of sources of this host's rows of the training batches, with a position."""
 
-    def __next__(self) -> Batch:
-        """Returns the next batch."""
-        ...
-
+    @abc.abstractmethod
     def save(self) -> dict[str, bytes]:
         """Returns the position as the contents of files, by name."""
-        ...
 
+    @abc.abstractmethod
     def restore(self, files: Mapping[str, bytes], batches: int) -> None:
-        """Restores a position after `batches`; the files are those of any source."""
-        ...
+        """Restores the position after `batches`; the files are those of any source."""
 
 
 class DatasetSource(Source):

@@ -44,21 +44,35 @@ def test_packed_empty_text_or_id_zero_error(example):
 def test_best_fit_small_cases_match_hand_solution():
     # 6 and 5 open rows; 4 fills the row of 6; 3 and 2 go into the row of 5.
     lengths = np.array([[2, 1], [5, 1], [3, 1], [6, 1], [4, 1]])
-    assert packing.best_fit(lengths, (10, 3)) == [[0, 1, 2], [3, 4]]
-    assert packing.best_fit(lengths, (10, 2)) == [[0], [1, 2], [3, 4]]
+    assert packing.best_fit(lengths, (10, 3)).tolist() == [0, 0, 0, 1, 1]
+    assert packing.best_fit(lengths, (10, 2)).tolist() == [0, 1, 1, 2, 2]
     # Targets are limits as well: no row has room for two of these.
-    assert packing.best_fit(np.array([[2, 2], [2, 2]]), (10, 3)) == [[0], [1]]
+    assert packing.best_fit(np.array([[2, 2], [2, 2]]), (10, 3)).tolist() == [0, 1]
 
 
-def test_best_fit_random_lengths_complete_and_within_capacity():
-    rng = np.random.default_rng(1)
-    lengths = np.stack([rng.integers(1, 40, 300), rng.integers(1, 9, 300)], axis=1)
-    rows = packing.best_fit(lengths, (64, 32))
-    assert sorted(index for row in rows for index in row) == list(range(300))
-    assert all((lengths[row].sum(axis=0) <= (64, 32)).all() for row in rows)
-    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
-    ideal = lengths[:, 0].sum() / 64
-    assert ideal <= len(rows) < 1.1 * ideal + 1
+def best_fit_reference(lengths, capacity):
+    """One example at a time, as the docstring of `best_fit` says."""
+    left, rows = [], []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i][0], i)):
+        need = lengths[index]
+        fits = [row for row, room in enumerate(left) if room[0] >= need[0] and room[1] >= need[1]]
+        row = min(fits, key=lambda row: left[row][0], default=len(left))
+        if row == len(left):
+            left.append(list(capacity))
+            rows.append([])
+        rows[row].append(index)
+        left[row] = [room - n for room, n in zip(left[row], need, strict=True)]
+    return sorted(map(sorted, rows))
+
+
+@pytest.mark.parametrize("capacity", [(64, 32), (40, 8), (40000, 40)])
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_best_fit_of_windows_equals_reference(count, capacity):
+    rng = np.random.default_rng(count)
+    lengths = np.stack([rng.integers(1, 40, (5, count)), rng.integers(1, 9, (5, count))], axis=-1)
+    for window, rows in zip(lengths, packing.best_fit(lengths, capacity), strict=True):
+        found = [np.flatnonzero(rows == row).tolist() for row in range(rows.max() + 1)]
+        assert found == best_fit_reference(window.tolist(), capacity)
 
 
 def test_best_fit_example_longer_than_row_error():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gin
 import pytest
 
-from mpt_jax.data.image_transforms import ImageTransform
 from mpt_jax.batching.samplers import EqualQuotas, LastOfEach
+from mpt_jax.data.image_transforms import ImageTransform
 from mpt_jax.plan import stand_ins
 from tests.fixtures import lane_jobs
 from tests.fixtures.gin_files import abstract_params, parse, trained, value

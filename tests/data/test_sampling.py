@@ -60,8 +60,8 @@ def uniforms(seed, step, count):
 
 def test_sampler_uniform_draws_match_philox_reference():
     for seed, step in [(0, 0), (7, 3), (2**31 - 1, 10**9)]:
-        found = EqualQuotas(8, seed)._uniform(tf.constant(step, tf.int64), 7)
-        np.testing.assert_array_equal(found, uniforms(seed, step, 7))
+        found = EqualQuotas(8, seed)._uniform(np.array([step]), 7)
+        np.testing.assert_array_equal(found[0], uniforms(seed, step, 7))
 
 
 def stochastic_reference(step, seed, batch, weights, kappa, replacement):
@@ -84,8 +84,7 @@ def stochastic_reference(step, seed, batch, weights, kappa, replacement):
 @pytest.mark.parametrize("kappa", [2, 4, 6])
 def test_stochastic_tasks_draws_match_reference(kappa, replacement):
     sampler = StochasticTasks(32, seed=11, kappa=kappa, replacement=replacement)
-    for step in range(40):
-        found = sampler.draw(tf.constant(step, tf.int64), WEIGHTS).numpy()
+    for step, found in enumerate(sampler.draw(np.arange(40), WEIGHTS)):
         expected = stochastic_reference(step, 11, 32, WEIGHTS, kappa, replacement)
         np.testing.assert_array_equal(found, expected)
         distinct = len(set(found))
@@ -94,8 +93,7 @@ def test_stochastic_tasks_draws_match_reference(kappa, replacement):
 
 def test_stochastic_tasks_task_count_uniform_shares_by_weight():
     sampler = StochasticTasks(30, seed=3)
-    draw = tf.function(lambda step: sampler.draw(step, WEIGHTS))
-    batches = [draw(tf.constant(step, tf.int64)).numpy() for step in range(2000)]
+    batches = sampler.draw(np.arange(2000), WEIGHTS)
     counts = np.bincount([len(set(batch)) for batch in batches], minlength=7)
     # 400 expected each; five standard deviations of a binomial count are 89.
     assert counts[:2].sum() == 0 and np.abs(counts[2:] - 400).max() < 89
@@ -105,7 +103,7 @@ def test_stochastic_tasks_task_count_uniform_shares_by_weight():
 
 def test_per_example_draws_match_reference():
     sampler = PerExample(1000, seed=5)
-    found = sampler.draw(tf.constant(9, tf.int64), WEIGHTS).numpy()
+    (found,) = sampler.draw(np.array([9]), WEIGHTS)
     cdf = np.cumsum(WEIGHTS) / WEIGHTS.sum()
     expected = [np.sum(cdf[:-1] <= x) for x in uniforms(5, 9, 1000)]
     np.testing.assert_array_equal(found, expected)
@@ -415,10 +413,6 @@ def test_task_mixture_weights_with_effect_are_accepted():
         (
             lambda: TaskMixture("m", ["smp_aa"], PerExample(8, 1)),
             "Unknown task 'smp_aa'. Did you mean 'smp_a'",
-        ),
-        (
-            lambda: PerExample(8, 1)([tf.data.Dataset.range(2)] * 2, [1.0, 0.0]),
-            r"Mixing weights must be positive, got \[1.0, 0.0\]",
         ),
     ],
 )
