@@ -120,10 +120,20 @@ class Arrangement(Iterator[Examples]):
         return Position(self._order.taken, self._order.counts.copy(), 0)
 
     def restore(self, position: Position) -> None:
-        """Continues at a position."""
-        self._order.restore(position.taken, position.counts)
+        """Continues at a position.
+
+        Raises:
+            ValueError: it is no position of this arrangement.
+        """
+        taken, counts, rows = position
+        known = len(counts) == len(self._order.counts)
+        if not known or sum(counts.tolist()) != taken or taken % self._taken_at_once:
+            raise ValueError(f"it has {counts.tolist()} of {taken} examples")
+        if not 0 <= rows < self._taken_at_once:
+            raise ValueError(f"it has {rows} rows of {self._taken_at_once} examples")
+        self._order.restore(taken, counts)
         self._windows.clear()
-        self._used = position.rows
+        self._used = rows
         while sum(x.num_rows for x in self._windows) < self._used:
             self._windows.append(self._next_window())
             if self._windows[0].num_rows <= self._used:
