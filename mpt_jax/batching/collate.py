@@ -238,8 +238,8 @@ def _flat(
     banks = np.array([example.row for example in examples], np.int32)
     lengths = np.ravel(prompt_length).astype(np.int64)
     reserved = lengths[banks if np.ndim(prompt_length) else np.zeros_like(banks)]
-    inputs, targets = (Ragged.of([x[side] for x in examples]) for side in (0, 1))
-    return inputs, targets, banks, reserved
+    inputs, targets = [x.inputs for x in examples], [x.targets for x in examples]
+    return Ragged.of(inputs), Ragged.of(targets), banks, reserved
 
 
 def _within(lengths: np.ndarray) -> np.ndarray:

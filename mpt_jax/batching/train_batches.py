@@ -66,11 +66,12 @@ class TrainBatches(Iterator[Batch]):
         """Returns this host's rows of a batch, given the examples of all its rows."""
         shape = (self._rows, *self._lengths(examples))
         tasks, indices, places = examples.of_rows(self._first, self._first + self._rows)
-        texts = [self._texts.collect(side, tasks, indices) for side in ("inputs", "targets")]
+        inputs = self._texts.collect("inputs", tasks, indices)
+        targets = self._texts.collect("targets", tasks, indices)
         banks, prompts = self._layout.banks[tasks], self._layout.prompt_lengths[tasks]
         if self._layout.packed:
-            return collate.packed_rows(*texts, banks, prompts, places, shape)
-        return collate.unpacked_rows(*texts, banks, prompts, shape)
+            return collate.packed_rows(inputs, targets, banks, prompts, places, shape)
+        return collate.unpacked_rows(inputs, targets, banks, prompts, shape)
 
     def _lengths(self, examples: Examples) -> tuple[int, int]:
         """Returns the numbers of encoder and decoder positions of a batch."""

@@ -18,13 +18,16 @@ from mpt_jax.batching import bucketing
 from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
 from mpt_jax.core.runs import unknown_name
-from mpt_jax.data import iterators, table_batches, task_lookup, token_tables, validation
+from mpt_jax.data import table_batches, task_lookup, token_tables, validation
 from mpt_jax.data.classes import is_image_task
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.iterators import (
+    DatasetSource,
     EvalBatches,
     HostShard,
     KeptBatches,
+    Source,
+    TableSource,
     TrainIterator,
     are_too_large,
 )
@@ -282,31 +285,13 @@ def train_iterator(
     """
     share = HostShard(cfg.batch_size, num_hosts, host_index)
     provider, converter = cfg.provider(), cfg.converter(feature_converter_cls, cfg.pack)
-    tasks, buckets = seqio.get_subtasks(provider), cfg.buckets(converter)
+    source: Source
     if _has_tables(provider, converter):
-        validation.check_config(cfg, provider, converter, num_hosts, endless=True)
-        tables = provider.read(**cfg.reading(), split=cfg.split)
-        validation.check_lengths(provider.overlong, converter, cfg.task_feature_lengths)
-        source: Any = iterators.TableSource(
-            table_batches.of_mixture(provider, tables, cfg, converter, buckets, share)
-        )
-        lengths = converter.get_model_feature_lengths(cfg.task_feature_lengths)
-        shapes = {name: [cfg.batch_size, length] for name, length in sorted(lengths.items())}
+        source, shapes = _of_tables(cfg, provider, converter, share)
     else:
-        # Every host makes whole batches, so that a batch does not depend on the number of hosts.
-        dataset = _batches(cfg, provider, converter, seqio.ShardInfo(0, 1), num_epochs=None)
-        options = tf.data.Options()
-        options.deterministic = True
-        # Prefetched batches are saved with the data position, except those of images, which are
-        # large: their position is counts, from which the same batches are made again.
-        if isinstance(provider, TaskMixture) and all(map(is_image_task, tasks)):
-            options.experimental_symbolic_checkpoint = True
-        # Steps take milliseconds to seconds, so two prefetched batches suffice.
-        dataset = dataset.prefetch(2).with_options(options)
-        source = iterators.DatasetSource(dataset, share, buckets)
-        shapes = {name: list(s.shape) for name, s in sorted(dataset.element_spec.items())}
+        source, shapes = _of_dataset(cfg, provider, converter, share)
     identity = {
-        "tasks": [task.name for task in tasks],
+        "tasks": [task.name for task in seqio.get_subtasks(provider)],
         "sampler": repr(getattr(provider, "sampler", None)),
         "split": cfg.split,
         "seed": cfg.seed,
@@ -316,6 +301,39 @@ def train_iterator(
         "pack_window": getattr(converter, "pack_window", None) if cfg.pack else None,
     }
     return TrainIterator(source, share, identity, getattr(converter, "prompt_length", 0))
+
+
+def _of_tables(
+    cfg: DatasetConfig, mixture: TaskMixture, converter: PromptFeatureConverter, share: HostShard
+) -> tuple[Source, dict[str, list[int]]]:
+    """Returns the batches of a mixture of texts, and the shapes of their features."""
+    validation.check_config(cfg, mixture, converter, share.num_hosts, endless=True)
+    tables = mixture.read(**cfg.reading(), split=cfg.split)
+    limits = dict(cfg.task_feature_lengths or {})
+    validation.check_lengths(mixture.overlong, converter, limits)
+    buckets = cfg.buckets(converter)
+    batches = table_batches.of_mixture(mixture, tables, cfg, converter, buckets, share)
+    lengths = converter.get_model_feature_lengths(limits)
+    return TableSource(batches), {x: [cfg.batch_size, n] for x, n in sorted(lengths.items())}
+
+
+def _of_dataset(
+    cfg: DatasetConfig, provider: Any, converter: Any, share: HostShard
+) -> tuple[Source, dict[str, list[int | None]]]:
+    """Returns the batches of any task or mixture, and the shapes of their features."""
+    # Every host makes whole batches, so that a batch does not depend on the number of hosts.
+    dataset = _batches(cfg, provider, converter, seqio.ShardInfo(0, 1), num_epochs=None)
+    options = tf.data.Options()
+    options.deterministic = True
+    # Prefetched batches are saved with the data position, except those of images, which are large:
+    # their position is counts, from which the same batches are made again.
+    is_image = map(is_image_task, seqio.get_subtasks(provider))
+    if isinstance(provider, TaskMixture) and all(is_image):
+        options.experimental_symbolic_checkpoint = True
+    # Steps take milliseconds to seconds, so two prefetched batches suffice.
+    dataset = dataset.prefetch(2).with_options(options)
+    shapes = {name: list(spec.shape) for name, spec in sorted(dataset.element_spec.items())}
+    return DatasetSource(dataset, share, cfg.buckets(converter)), shapes
 
 
 def _has_tables(provider: Any, converter: Any) -> bool:
