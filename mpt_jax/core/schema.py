@@ -24,7 +24,7 @@ MOST_BYTES = 2**28  # of a JSON file; Python takes up to 20 times as much memory
 MOST_SHOWN = 80  # characters of a value that an error shows
 COPY_AGAIN = "Copy the file again from an intact copy."
 
-Amount = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # bytes, parameters
+Amount = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # bytes, parameters, tokens, examples
 # Sizes, counts and steps: no array or job of ours exceeds 31 bits.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]

@@ -45,8 +45,8 @@ class PositionHeader(msgspec.Struct):
 class _Place(msgspec.Struct):
     """The schema of a place in token tables (see `arrangements.Position`)."""
 
-    taken: schema.Count
-    counts: list[schema.Count]
+    taken: schema.Amount
+    counts: list[schema.Amount]
     rows: schema.Count
 
 

@@ -14,8 +14,8 @@ import tensorflow as tf
 from absl import logging
 
 from mpt_jax.core.runs import data_name
-from mpt_jax.data import in_memory
-from mpt_jax.data.preprocessors import TASK_IDS, task_id
+from mpt_jax.data import fingerprints, in_memory, token_cache
+from mpt_jax.data.preprocessors import TASK_IDS, AddTaskId, task_id
 from mpt_jax.data.task_lookup import check_split, explain_missing_data
 
 # Tables up to this size are kept as long as their task is registered.
@@ -23,6 +23,7 @@ _KEEP_BYTES = 16 * 2**20
 # Shares of unknown tokens above which `report_unknown` logs a line, or a warning.
 NOTED_UNKNOWN, WARNED_UNKNOWN = 0.01, 0.1
 PASS_NUMBERS = "pass_numbers"
+_SIDES = {"inputs": "input", "targets": "target"}  # features of texts, and their name in the cache
 _REPORTED: set[tuple[str, str]] = set()  # (task, split) of `report_unknown`
 _KEPT: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -38,6 +39,9 @@ class TokenTable:
         num_examples: number of examples, after preprocessing.
         num_overlong: number of these with a text longer than its limit (see
             `preprocessors.end_and_limit`).
+        unknown: {feature: share of unknown tokens, from 0 to 1}; end-of-sequence tokens do not
+            count.
+        with_zeros: the features in which the id 0 occurs.
     """
 
     def __init__(
@@ -46,26 +50,20 @@ class TokenTable:
         split: str,
         values: Mapping[str, np.ndarray],
         offsets: Mapping[str, np.ndarray],
+        unknown: Mapping[str, float],
+        with_zeros: Sequence[str] = (),
     ):
         self.name, self.split = name, split
         self.values, self.offsets = values, offsets
+        self.unknown, self.with_zeros = unknown, with_zeros
         self.num_examples = len(offsets[TASK_IDS]) - 1 if offsets else 0
         self.num_overlong = int((values[TASK_IDS] < 0).sum()) if values else 0
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tokens in memory, in bytes."""
-        return sum(_num_bytes(values) for values in self.values.values())
-
-    def unknown_shares(self, output_features: Mapping[str, Any]) -> dict[str, float]:
-        """Returns the share of tokens that are unknown, from 0 to 1, of each text feature. The
-        end-of-sequence tokens do not count."""
-        shares = {}
-        for name, (unknown, end) in _special_ids(output_features).items():
-            tokens = self.values[name]
-            texts = np.count_nonzero(tokens != end)
-            shares[name] = np.count_nonzero(tokens == unknown) / max(texts, 1)
-        return shares
+        """Size of the tokens in memory, in bytes; 0 of those that are mapped from a file."""
+        mapped = (np.memmap,)
+        return sum(_num_bytes(x) for x in self.values.values() if not isinstance(x, mapped))
 
 
 def _num_bytes(values: np.ndarray) -> int:
@@ -74,7 +72,7 @@ def _num_bytes(values: np.ndarray) -> int:
 
 
 class ExampleTable(TokenTable):
-    """Table of a registered task, which the constructor reads.
+    """Table of a registered task, which the constructor reads, or finds in the token cache.
 
     Args:
         task, split: the task and the split to read.
@@ -99,31 +97,35 @@ class ExampleTable(TokenTable):
         limit: int = -1,
     ):
         check_split(task, split)
-        with explain_missing_data(task, split):
-            texts = None
+
+        def read() -> tuple[dict, dict]:
             if not (use_cached or shuffle):
                 texts = in_memory.plain_texts(task, split, seed, limit)
-            if texts is not None:
-                tokens = in_memory.encode(texts, task, sequence_length)
-            else:
-                dataset = task.get_dataset(
-                    sequence_length=sequence_length,
-                    split=split,
-                    use_cached=use_cached,
-                    shuffle=shuffle,
-                    seed=seed,
-                    trim_output_features=trim_output_features,
-                    try_in_mem_cache=False,
-                )
-                tokens = read_tokens(dataset.take(limit), list(task.output_features), task.name)
-        super().__init__(task.name, split, *tokens)
+                if texts is not None:
+                    return in_memory.encode(texts, task, sequence_length)
+            dataset = task.get_dataset(
+                sequence_length=sequence_length,
+                split=split,
+                use_cached=use_cached,
+                shuffle=shuffle,
+                seed=seed,
+                trim_output_features=trim_output_features,
+                try_in_mem_cache=False,
+            )
+            return read_tokens(dataset.take(limit), list(task.output_features), task.name)
+
+        with explain_missing_data(task, split):
+            settings = [dict(sequence_length or {}), seed, trim_output_features]
+            whole = not (use_cached or shuffle) and limit < 0
+            fingerprint = _fingerprint(task, split, settings) if whole else None
+            super().__init__(task.name, split, *_tokens(task, fingerprint, read))
         if not self.num_examples:
             raise ValueError(
                 f"The {split!r} split of task {task.name!r} is empty after preprocessing. Check "
                 "the task's source and preprocessors, or choose another split."
             )
         report_lengths({task.name: (self.num_overlong, self.num_examples)}, split, sequence_length)
-        report_unknown(task.name, split, self.unknown_shares(task.output_features))
+        report_unknown(task.name, split, self.unknown)
 
     def indices(self, seed: int, shuffle: bool, stride: int = 0) -> tf.data.Dataset:
         """Returns an endless stream of this task's example indices, one pass after another. Runs
@@ -148,6 +150,64 @@ class ExampleTable(TokenTable):
 
         passes = tf.data.Dataset.range(np.iinfo(np.int64).max)
         return passes.flat_map(tf.autograph.experimental.do_not_convert(one_pass))
+
+
+def _fingerprint(task: seqio.Task, split: str, settings: Sequence[Any]) -> str | None:
+    """Returns the fingerprint of the tokens of a split; None if they are not cached."""
+    are_texts = sorted(task.output_features) == sorted([*_SIDES, TASK_IDS])
+    if token_cache.folder() is None or not are_texts or len(_task_ids(task)) != 1:
+        return None
+    try:
+        return fingerprints.of_split(task, split, settings)
+    except fingerprints.Unknown as error:
+        logging.info("Tokens of task %s are not cached: %s.", task.name, error)
+        return None
+
+
+def _task_ids(task: seqio.Task) -> list[int]:
+    """Returns the ids that the preprocessors of a task write."""
+    return [step.id for step in task.preprocessors if isinstance(step, AddTaskId)]
+
+
+def _tokens(
+    task: seqio.Task, fingerprint: str | None, read: Callable[[], tuple[dict, dict]]
+) -> tuple[dict, dict, Mapping[str, float], Sequence[str]]:
+    """Returns the values, offsets, shares of unknown tokens and features with id 0 of a split, from
+    the cache if it has them."""
+    found = token_cache.load(fingerprint) if fingerprint else None
+    if found is None:
+        values, offsets = read()
+        if not values:
+            return {}, {}, {}, ()
+        unknown = unknown_shares(values, task.output_features)
+        zeros = [name for name in _SIDES if name in values and not values[name].all()]
+        if fingerprint is None:
+            return values, offsets, unknown, zeros
+        arrays = {"overlong": values[TASK_IDS] < 0}
+        for name, side in _SIDES.items():
+            arrays |= {name: values[name], f"{side}_offsets": offsets[name]}
+        found = token_cache.Tokens(arrays, unknown, zeros)
+        token_cache.save(fingerprint, found)
+        found = token_cache.load(fingerprint) or found
+    values = {name: found.arrays[name] for name in _SIDES}
+    offsets = {name: found.arrays[f"{side}_offsets"] for name, side in _SIDES.items()}
+    overlong, (identity,) = found.arrays["overlong"], _task_ids(task)
+    values[TASK_IDS] = np.where(overlong, ~identity, identity).astype(np.int32)
+    offsets[TASK_IDS] = np.arange(len(overlong) + 1)
+    return values, offsets, found.unknown, found.with_zeros
+
+
+def unknown_shares(
+    values: Mapping[str, np.ndarray], output_features: Mapping[str, Any]
+) -> dict[str, float]:
+    """Returns the share of tokens that are unknown, from 0 to 1, of each text feature. The
+    end-of-sequence tokens do not count."""
+    shares = {}
+    for name, (unknown, end) in _special_ids(output_features).items():
+        tokens = values[name]
+        texts = np.count_nonzero(tokens != end)
+        shares[name] = int(np.count_nonzero(tokens == unknown)) / max(int(texts), 1)
+    return shares
 
 
 # A graph that all tables share, because tracing it for each of hundreds of tasks takes minutes.

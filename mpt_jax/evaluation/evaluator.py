@@ -218,12 +218,12 @@ class InferenceEvaluator:
         for name, dataset in self._evaluator.cached_task_datasets.items():
             features = self._tasks[name].output_features
             tokens = token_tables.read_tokens(dataset, list(features), name)
-            tables[name] = token_tables.TokenTable(name, cfg.split, *tokens)
+            unknown = token_tables.unknown_shares(tokens[0], features) if tokens[0] else {}
+            tables[name] = token_tables.TokenTable(name, cfg.split, *tokens, unknown)
         counts = {name: (x.num_overlong, x.num_examples) for name, x in tables.items()}
         validation.check_counts(counts, cfg, self._converter)
         for name, table in tables.items():
-            shares = table.unknown_shares(self._tasks[name].output_features)
-            token_tables.report_unknown(name, cfg.split, shares)
+            token_tables.report_unknown(name, cfg.split, table.unknown)
         return tables
 
     def _read(self, names: tuple[str, ...]) -> Iterable[tuple[np.ndarray, Batch]]:

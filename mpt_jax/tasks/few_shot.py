@@ -42,7 +42,7 @@ import seqio
 import tensorflow as tf
 
 from mpt_jax.core.runs import data_name
-from mpt_jax.data import preprocessors, task_lookup
+from mpt_jax.data import fingerprints, preprocessors, task_lookup
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import text_metrics
 from mpt_jax.tasks.splits import where
@@ -200,6 +200,16 @@ class FewShotSource(seqio.DataSource):
             return self.source.num_input_examples(split)
         classes = len(evaluator.labels_of(self._task)) if self.draw.per_class else 1
         return self.draw.k * classes
+
+    def fingerprint(self, split: str) -> Any:
+        """Returns what the rows of a split depend on, as JSON values (see `data.fingerprints`)."""
+        if not hasattr(self.source, "fingerprint"):
+            raise fingerprints.Unknown(f"{type(self.source).__name__} has no method fingerprint")
+        whole = [fingerprints.describe(type(self.source)), self.source.fingerprint(split)]
+        if split not in self.draw.splits:
+            return whole
+        labels = evaluator.labels_of(self._task) if self.draw.per_class else []
+        return [whole, dataclasses.asdict(self.draw), list(labels)]
 
     def few_shot_indices(self, split: str) -> list[int] | None:
         """Returns the drawn row numbers of a split, in the order drawn; None if it is not cut.

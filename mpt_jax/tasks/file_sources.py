@@ -17,6 +17,7 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
+from mpt_jax.data import fingerprints
 from mpt_jax.tasks import splits
 from mpt_jax.tasks.file_readers import Examples, check_readable
 
@@ -79,6 +80,13 @@ class FileSource(seqio.DataSource):
                 digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             self._digests[split] = digest.hexdigest()
         return self._digests[split]
+
+    def fingerprint(self, split: str) -> Any:
+        """Returns what the examples of a split depend on, as JSON values (see
+        `data.fingerprints`)."""
+        reader = fingerprints.describe(getattr(self, "reader", None))
+        settings = [getattr(self, name, None) for name in ("shares", "seed")]
+        return [split, fingerprints.of_files(self.paths), list(self.splits), reader, settings]
 
     def texts(self, split: str) -> dict[str, np.ndarray]:
         """Returns the rows of `get_dataset` as {feature: UTF-8 texts [rows]}.

@@ -178,6 +178,18 @@ class PartsSource(seqio.DataSource):
         places = self._places(builder, part, self._size(builder, part.split))
         return np.searchsorted(np.sort(places), places)
 
+    def fingerprint(self, split: str) -> Any:
+        """Returns what the rows of a split depend on, as JSON values (see `data.fingerprints`): the
+        names, sizes and times of the prepared files, which are too large to be read for this.
+
+        Raises:
+            FileNotFoundError: the data set is not prepared on this machine.
+        """
+        files = sorted(epath.Path(self._builder().data_dir).iterdir(), key=str)
+        stats = [(path.name, path.stat().length, path.stat().mtime) for path in files]
+        part = dataclasses.asdict(self.parts[split])
+        return [self.data, split, part, list(self.keys), list(self.reads), stats]
+
     def num_rows(self, split: str) -> int:
         """Returns the number of rows of a split on this machine."""
         part = self.parts[split]

@@ -21,7 +21,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from mpt_jax.data import preprocessors, vocabularies
+from mpt_jax.data import fingerprints, preprocessors, vocabularies
 from mpt_jax.data.preprocessors import output_features
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import few_shot, text_metrics, toy_pretrain
@@ -138,10 +138,18 @@ def _register_variant(variant: Variant) -> None:
     few_shot.draw_as(task, base.name)
 
 
+class _Rows(seqio.FunctionDataSource):
+    """Source of rows that this library's code determines."""
+
+    def fingerprint(self, split: str) -> Any:
+        """Returns what the rows of a split depend on (see `data.fingerprints`)."""
+        return [split, fingerprints.describe(self._dataset_fn)]
+
+
 def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: list) -> seqio.Task:
     """Registers a task. `sizes` maps splits to numbers of rows, or only lists the splits."""
     counts = sizes if isinstance(sizes, dict) else None
-    source: Any = seqio.FunctionDataSource(dataset, splits=tuple(sizes), num_input_examples=counts)
+    source: Any = _Rows(dataset, splits=tuple(sizes), num_input_examples=counts)
     return seqio.TaskRegistry.add(
         name,
         source=source,

@@ -43,8 +43,7 @@ def test_share_of_unknown_tokens_is_logged_by_its_size(
             dataset = task.get_dataset(None, "train", shuffle=False)
             assert token_tables.count_examples(dataset, task, "train") == (0, len(inputs))
         token_tables.report_unknown("tab_unk", "train", {"inputs": 1.0})  # once is enough
-    shares = found.unknown_shares(task.output_features)
-    assert shares == {"inputs": pytest.approx(share), "targets": 0}
+    assert found.unknown == {"inputs": pytest.approx(share), "targets": 0}
     lines = [record for record in caplog.records if "tab_unk" in record.getMessage()]
     assert [record.levelname for record in lines] == ([level] if level else [])
     for record in lines:
@@ -57,6 +56,6 @@ def test_unknown_targets_warn_by_name(caplog):
 
 
 def test_bytes_have_no_unknown_tokens(caplog):
-    found, task = table("tab_bytes", [(HEBREW, "good")], memory_tasks.VOCABULARY)
-    assert found.unknown_shares(task.output_features) == {"inputs": 0, "targets": 0}
+    found, _ = table("tab_bytes", [(HEBREW, "good")], memory_tasks.VOCABULARY)
+    assert found.unknown == {"inputs": 0, "targets": 0}
     assert "<unk>" not in caplog.text
