@@ -29,7 +29,7 @@ from mpt_jax.batching import bucketing
 from mpt_jax.checkpointing import checkpoint_config, restore_states
 from mpt_jax.config import gin_utils
 from mpt_jax.core.tree import flatten
-from mpt_jax.data import datasets, task_lookup, token_tables, validation
+from mpt_jax.data import datasets, task_lookup, token_reading, validation
 from mpt_jax.data.classes import is_image_task
 from mpt_jax.data.dataset_iterator import DatasetIterator
 from mpt_jax.data.image_preprocessors import EXAMPLE_NAMES
@@ -271,7 +271,7 @@ def _check_lengths(cfg: datasets.DatasetConfig, tasks: list[seqio.Task], convert
     overlong = {}
     for task in tasks:
         with task_lookup.explain_missing_data(task, cfg.split):
-            overlong[task.name] = token_tables.count_examples(_dataset(cfg, task), task, cfg.split)
+            overlong[task.name] = token_reading.count_examples(_dataset(cfg, task), task, cfg.split)
     validation.check_counts(overlong, cfg, converter)
 
 

@@ -25,6 +25,9 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "jax")
 )
+os.environ.setdefault(
+    "MPT_JAX_TOKEN_CACHE", str(Path(__file__).resolve().parents[1] / ".cache" / "tokens")
+)
 # Small programs too: to load one takes a fifth of the time to compile it, and tests have thousands.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

@@ -7,9 +7,12 @@ whose start takes 20 ms.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +25,29 @@ from mpt_jax.data.preprocessors import TASK_IDS, AddTaskId, end_and_limit, map_d
 # Texts of a split: {"inputs": [n], "targets": [n]}, arrays of bytes.
 Texts = Mapping[str, np.ndarray]
 TEXTS = ("inputs", "targets")
+_TEXTS_AT_ONCE = 4096
 
 
 def plain_texts(
     task: seqio.Task, split: str, seed: int | None = None, limit: int = -1
 ) -> Texts | None:
-    """Returns the texts of an unshuffled split before `finish`, or None if SeqIO has to read them.
+    """Returns the texts of an unshuffled split before `finish`, or None if SeqIO has to read them;
+    see `text_batches`."""
+    batches = text_batches(task, split, seed, limit)
+    if batches is None:
+        return None
+    found = list(batches)
+    return {
+        name: np.concatenate([np.array([], object), *(batch[name] for batch in found)])
+        for name in TEXTS
+    }
+
+
+def text_batches(
+    task: seqio.Task, split: str, seed: int | None = None, limit: int = -1
+) -> Iterator[Texts] | None:
+    """Returns the texts of an unshuffled split before `finish`, in parts, or None if SeqIO has to
+    read them.
 
     This and `encode` apply to tasks that end with `finish`, have a SentencePiece vocabulary and
     yield the texts `inputs` and `targets`.
@@ -44,21 +64,29 @@ def plain_texts(
     if any(_tokenizer_model(vocabulary) is None for vocabulary in vocabularies):
         return None
     if not first and hasattr(task.source, "texts"):  # files are in memory
-        return {
-            name: x[:limit] if limit >= 0 else x for name, x in task.source.texts(split).items()
-        }
+        texts = task.source.texts(split)
+        return iter([{name: x[:limit] if limit >= 0 else x for name, x in texts.items()}])
     dataset = task.source.get_dataset(split=split, shuffle=False, seed=seed)
     with seqio.map_seed_manager(seed):
         dataset = task._preprocess_dataset(dataset, first)
     if dataset.element_spec != dict.fromkeys(TEXTS, tf.TensorSpec([], tf.string)):
         return None
-    batches = list(dataset.take(limit).batch(4096).as_numpy_iterator())
-    return {
-        name: np.concatenate([batch[name] for batch in batches])
-        if batches
-        else np.array([], object)
-        for name in TEXTS
-    }
+    return dataset.take(limit).batch(_TEXTS_AT_ONCE).as_numpy_iterator()
+
+
+def encoded_batches(
+    batches: Iterable[Texts], task: seqio.Task, sequence_length: Mapping[str, int] | None
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Yields what `encode` returns for each batch of texts, in order, several at a time."""
+    workers = os.cpu_count() or 1
+    waiting: collections.deque[Any] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for texts in batches:
+            waiting.append(pool.submit(encode, texts, task, sequence_length))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def encode(

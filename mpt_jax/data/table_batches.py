@@ -98,7 +98,7 @@ def _check(table: TokenTable, limits: Mapping[str, int], converter: PromptFeatur
         problem = None
         if lengths.min() == 0 and (side == "targets" or converter.prompt_length == 0):
             problem = "are empty"
-        elif side in table.with_zeros:
+        elif table.counts[side].zeros:
             problem = "contain id 0, which is padding"
         if problem:
             raise ValueError(

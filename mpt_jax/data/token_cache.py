@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,15 +26,49 @@ from mpt_jax.core import schema
 
 VARIABLE = "MPT_JAX_TOKEN_CACHE"
 _ENTRY = "entry.json"
+_FEATURES = ("inputs", "targets")
 _TYPES = {
-    "inputs": np.int32,
-    "input_offsets": np.int64,
-    "targets": np.int32,
-    "target_offsets": np.int64,
+    **dict.fromkeys(_FEATURES, np.int32),
+    **{f"{name}.offsets": np.int64 for name in _FEATURES},
     "overlong": np.bool_,
 }
 _PART = 2**24  # bytes that are read at a time
 _OLD = 86400  # seconds after which an unfinished entry is removed
+
+
+class Counts(msgspec.Struct, forbid_unknown_fields=True):
+    """Numbers of tokens of a feature.
+
+    Attributes:
+        tokens: the tokens that do not end a text.
+        unknown: those that the vocabulary does not know.
+        zeros: those with the id 0.
+    """
+
+    tokens: schema.Amount = 0
+    unknown: schema.Amount = 0
+    zeros: schema.Amount = 0
+
+    def plus(self, other: Counts) -> Counts:
+        """Returns the sums."""
+        sums = (self.tokens + other.tokens, self.unknown + other.unknown, self.zeros + other.zeros)
+        return Counts(*sums)
+
+
+class Tokens(NamedTuple):
+    """The tokens of some examples.
+
+    Attributes:
+        values: the token ids of the `inputs` and of the `targets` of all examples [N].
+        offsets: where each text of these features starts, and where the last one ends [n + 1].
+        overlong: whether a text of the example was truncated [n].
+        counts: the numbers of tokens of the features.
+    """
+
+    values: dict[str, np.ndarray]
+    offsets: dict[str, np.ndarray]
+    overlong: np.ndarray
+    counts: dict[str, Counts]
 
 
 class _Array(msgspec.Struct, forbid_unknown_fields=True):
@@ -44,24 +78,7 @@ class _Array(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     arrays: dict[str, _Array]
-    unknown: dict[str, float]
-    with_zeros: list[str]
-
-
-class Tokens(NamedTuple):
-    """The tokens of a split.
-
-    Attributes:
-        arrays: `inputs` and `targets`, the token ids of all texts [N]; `input_offsets` and
-            `target_offsets`, where each text starts and the last one ends [n + 1]; `overlong`,
-            whether a text of the example was truncated [n].
-        unknown: the share of unknown tokens, from 0 to 1, of each feature.
-        with_zeros: the features in which the id 0 occurs.
-    """
-
-    arrays: dict[str, np.ndarray]
-    unknown: dict[str, float]
-    with_zeros: list[str]
+    counts: dict[str, Counts]
 
 
 def folder() -> Path | None:
@@ -81,15 +98,17 @@ def load(fingerprint: str) -> Tokens | None:
     path = root / fingerprint
     try:
         entry = schema.load((path / _ENTRY).read_bytes(), _Entry, str(path / _ENTRY), "")
-        if set(entry.arrays) != set(_TYPES):
+        if set(entry.arrays) != set(_TYPES) or set(entry.counts) != set(_FEATURES):
             raise ValueError(f"{path} has the arrays {schema.short(sorted(entry.arrays))}")
         arrays = {name: _mapped(path, name, entry.arrays[name]) for name in _TYPES}
-        _check(path, arrays)
+        values = {name: arrays[name] for name in _FEATURES}
+        offsets = {name: arrays[f"{name}.offsets"] for name in _FEATURES}
+        _check(path, values, offsets, arrays["overlong"])
     except (OSError, ValueError) as error:
         logging.warning("The token cache has a damaged entry, which is made again: %s", error)
         shutil.rmtree(path, ignore_errors=True)
         return None
-    return Tokens(arrays, entry.unknown, entry.with_zeros)
+    return Tokens(values, offsets, arrays["overlong"], entry.counts)
 
 
 def _mapped(folder: Path, name: str, array: _Array) -> np.ndarray:
@@ -106,40 +125,77 @@ def _mapped(folder: Path, name: str, array: _Array) -> np.ndarray:
     return np.memmap(path, dtype, "r", shape=(array.size,)) if array.size else np.empty(0, dtype)
 
 
-def _check(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    for name in ("input", "target"):
-        values, offsets = arrays[f"{name}s"], arrays[f"{name}_offsets"]
-        bounds = (offsets[0], offsets[-1]) if len(offsets) else ()
-        if bounds != (0, len(values)) or (np.diff(offsets) < 0).any():
-            raise ValueError(f"the offsets of {name}s in {path} do not fit")
-        if len(offsets) != len(arrays["overlong"]) + 1:
-            raise ValueError(
-                f"{path} has {len(arrays['overlong'])} and {len(offsets) - 1} examples"
-            )
+def _check(
+    path: Path,
+    values: Mapping[str, np.ndarray],
+    offsets: Mapping[str, np.ndarray],
+    overlong: np.ndarray,
+) -> None:
+    for name in _FEATURES:
+        found = offsets[name]
+        if len(found) != len(overlong) + 1:
+            raise ValueError(f"{path} has {len(overlong)} examples and {len(found)} offsets")
+        if found[0] or found[-1] != len(values[name]) or (np.diff(found) < 0).any():
+            raise ValueError(f"the offsets of {name} in {path} do not fit")
 
 
-def save(fingerprint: str, tokens: Tokens) -> None:
-    """Writes an entry. A failure is logged, and leaves nothing behind; if another process has
-    written the entry meanwhile, that one stays."""
+def save(fingerprint: str, parts: Iterable[Tokens]) -> bool:
+    """Writes an entry, one part after another. Returns whether that succeeded: a failure is logged,
+    and leaves nothing behind. If another process has written the entry meanwhile, that one stays.
+
+    Args:
+        fingerprint: the name of the entry.
+        parts: the tokens of the examples, in order.
+    """
     root = folder()
     if root is None:
-        return
+        return False
     try:
-        with _new(root, fingerprint) as path:
-            arrays = {}
-            for name, dtype in _TYPES.items():
-                values = np.ascontiguousarray(tokens.arrays[name], dtype)
-                with (path / name).open("wb") as file:
-                    file.write(values.data.cast("B") if values.size else b"")
-                arrays[name] = _Array(values.size, zlib.crc32(values.data) if values.size else 0)
-            entry = _Entry(arrays, tokens.unknown, tokens.with_zeros)
-            (path / _ENTRY).write_bytes(msgspec.json.encode(entry))
+        with _new(root, fingerprint) as path, _Writer(path) as writer:
+            for part in parts:
+                writer.add(part)
+            (path / _ENTRY).write_bytes(msgspec.json.encode(writer.entry()))
     except OSError as error:
         logging.warning(
             "Tokens cannot be cached in %s (%s), so every run tokenizes them. Set %s to another "
             "folder, or to '' to switch the cache off.",
             *(root, error, VARIABLE),
         )
+        return False
+    return True
+
+
+class _Writer(contextlib.ExitStack):
+    """Writer of the arrays of an entry."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._files = {name: self.enter_context((path / name).open("wb")) for name in _TYPES}
+        self._arrays = {name: _Array(0, 0) for name in _TYPES}
+        self._counts = {name: Counts() for name in _FEATURES}
+        for name in _FEATURES:
+            self._append(f"{name}.offsets", np.zeros(1))
+
+    def add(self, part: Tokens) -> None:
+        for name in _FEATURES:
+            ends = part.offsets[name][1:] + self._arrays[name].size
+            self._append(f"{name}.offsets", ends)
+            self._append(name, part.values[name])
+            self._counts[name] = self._counts[name].plus(part.counts[name])
+        self._append("overlong", part.overlong)
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        content = np.ascontiguousarray(values, _TYPES[name]).tobytes()
+        self._files[name].write(content)
+        array = self._arrays[name]
+        crc32 = zlib.crc32(content, array.crc32)
+        self._arrays[name] = _Array(array.size + len(values), crc32)
+
+    def entry(self) -> _Entry:
+        """Returns the description of what was written, after it is on the disk."""
+        for file in self._files.values():
+            file.flush()
+        return _Entry(self._arrays, self._counts)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import seqio
 
 from mpt_jax.core.comparison import abbreviate
 from mpt_jax.core.runs import unknown_name
-from mpt_jax.data import labels, task_lookup, token_tables
+from mpt_jax.data import labels, task_lookup, token_reading
 from mpt_jax.data.classes import is_image_task
 from mpt_jax.data.sampling import TaskMixture
 
@@ -209,5 +209,5 @@ def check_counts(overlong: Mapping[str, tuple[int, int]], cfg: Any, converter: A
             f"The {cfg.split!r} split of these tasks is empty: {', '.join(empty)}. Leave the tasks "
             "out, or set DatasetConfig.split to another split."
         )
-    token_tables.report_lengths(overlong, cfg.split, cfg.task_feature_lengths)
+    token_reading.report_lengths(overlong, cfg.split, cfg.task_feature_lengths)
     check_lengths(overlong, converter, cfg.task_feature_lengths)

@@ -22,7 +22,7 @@ from absl import logging
 
 from mpt_jax.artifacts import model_card
 from mpt_jax.batching.collate import Batch
-from mpt_jax.data import datasets, in_memory, task_lookup, token_tables, validation
+from mpt_jax.data import datasets, in_memory, task_lookup, token_reading, token_tables, validation
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.image_preprocessors import IMAGE
 from mpt_jax.data.iterators import EvalBatches, HostShard
@@ -217,13 +217,13 @@ class InferenceEvaluator:
         tables = {}
         for name, dataset in self._evaluator.cached_task_datasets.items():
             features = self._tasks[name].output_features
-            tokens = token_tables.read_tokens(dataset, list(features), name)
-            unknown = token_tables.unknown_shares(tokens[0], features) if tokens[0] else {}
-            tables[name] = token_tables.TokenTable(name, cfg.split, *tokens, unknown)
+            values, offsets = token_reading.read_tokens(dataset, list(features), name)
+            counts = token_reading.count_tokens(values, features) if values else {}
+            tables[name] = token_tables.TokenTable(name, cfg.split, values, offsets, counts)
         counts = {name: (x.num_overlong, x.num_examples) for name, x in tables.items()}
         validation.check_counts(counts, cfg, self._converter)
         for name, table in tables.items():
-            token_tables.report_unknown(name, cfg.split, table.unknown)
+            token_reading.report_unknown(name, cfg.split, table.unknown)
         return tables
 
     def _read(self, names: tuple[str, ...]) -> Iterable[tuple[np.ndarray, Batch]]:

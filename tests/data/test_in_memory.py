@@ -102,7 +102,8 @@ def test_memory_dataset_takes_and_caches_as_other_datasets(tasks, tmp_path):
 def test_read_table_equals_table_of_seqio(tasks, monkeypatch):
     arguments = dict(sequence_length={"inputs": 5, "targets": 3}, seed=0)
     found = token_tables.ExampleTable(tasks[0], "train", limit=3, **arguments)
-    monkeypatch.setattr(in_memory, "plain_texts", lambda *args: None)
+    for name in ("plain_texts", "text_batches"):
+        monkeypatch.setattr(in_memory, name, lambda *args: None)
     expected = token_tables.ExampleTable(tasks[0], "train", limit=3, **arguments)
     assert found.num_examples == expected.num_examples == 3
     assert found.num_overlong == expected.num_overlong == 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpt_jax.data import token_tables, vocabularies
+from mpt_jax.data import token_reading, token_tables, vocabularies
 from mpt_jax.runtime.paths import SHIPPED
 from tests.fixtures import memory_tasks
 
@@ -34,15 +34,15 @@ def table(name, texts, vocabulary=TOY):
 def test_share_of_unknown_tokens_is_logged_by_its_size(
     counted, inputs, share, level, line, caplog, monkeypatch
 ):
-    monkeypatch.setattr(token_tables, "_REPORTED", set())
+    monkeypatch.setattr(token_reading, "_REPORTED", set())
     with caplog.at_level("INFO", logger="absl"):
         found, task = table("tab_unk", [(text, "good") for text in inputs])
         if counted:
             caplog.clear()
-            monkeypatch.setattr(token_tables, "_REPORTED", set())
+            monkeypatch.setattr(token_reading, "_REPORTED", set())
             dataset = task.get_dataset(None, "train", shuffle=False)
-            assert token_tables.count_examples(dataset, task, "train") == (0, len(inputs))
-        token_tables.report_unknown("tab_unk", "train", {"inputs": 1.0})  # once is enough
+            assert token_reading.count_examples(dataset, task, "train") == (0, len(inputs))
+        token_reading.report_unknown("tab_unk", "train", {"inputs": 1.0})  # once is enough
     assert found.unknown == {"inputs": pytest.approx(share), "targets": 0}
     lines = [record for record in caplog.records if "tab_unk" in record.getMessage()]
     assert [record.levelname for record in lines] == ([level] if level else [])
