@@ -36,8 +36,8 @@ def parts(dataset: Any, features: list[str], task: str) -> Iterator[Encoded]:
                 "features."
             )
     if isinstance(dataset, in_memory.MemoryDataset):
-        whole = (dataset.values, dataset.offsets)
-        yield tuple({name: x[name] for name in features} for x in whole)
+        values, offsets = dataset.values, dataset.offsets
+        yield {name: values[name] for name in features}, {name: offsets[name] for name in features}
         return
     # A thousand examples at a time, because Python per example would cost more than the tokenizer.
     for batch in _only(dataset, features).ragged_batch(1024):

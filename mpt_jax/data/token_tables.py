@@ -193,8 +193,8 @@ def _from_cache(
         for values, offsets in parts():
             if values:
                 counts = token_reading.count_tokens(values, task.output_features)
-                texts = [{name: x[name] for name in _TEXTS} for x in (values, offsets)]
-                yield token_cache.Tokens(*texts, values[TASK_IDS] < 0, counts)
+                texts, starts = ({name: x[name] for name in _TEXTS} for x in (values, offsets))
+                yield token_cache.Tokens(texts, starts, values[TASK_IDS] < 0, counts)
 
     found = token_cache.load(fingerprint)
     if found is None and token_cache.save(fingerprint, tokens()):
