@@ -8,7 +8,7 @@ Two other functions also build unpacked rows, because they run in a graph:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Ragged(NamedTuple):
     lengths: np.ndarray
 
     @classmethod
-    def of(cls, sequences: Sequence[Sequence[int] | np.ndarray]) -> Ragged:
+    def of(cls, sequences: Sequence[Any]) -> Ragged:
         """Returns these sequences of token ids."""
         lengths = np.array([len(x) for x in sequences], np.int64)
         parts = [np.asarray(x, np.int32) for x in sequences]

@@ -138,18 +138,12 @@ def _register_variant(variant: Variant) -> None:
     few_shot.draw_as(task, base.name)
 
 
-class _Rows(seqio.FunctionDataSource):
-    """Source of rows that this library's code determines."""
-
-    def fingerprint(self, split: str) -> Any:
-        """Returns what the rows of a split depend on (see `data.fingerprints`)."""
-        return [split, fingerprints.describe(self._dataset_fn)]
-
-
 def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: list) -> seqio.Task:
     """Registers a task. `sizes` maps splits to numbers of rows, or only lists the splits."""
     counts = sizes if isinstance(sizes, dict) else None
-    source: Any = _Rows(dataset, splits=tuple(sizes), num_input_examples=counts)
+    source: Any = seqio.FunctionDataSource(dataset, splits=tuple(sizes), num_input_examples=counts)
+    # Rows are determined by the code of this library, so their tokens can be cached.
+    source.fingerprint = lambda split: [split, fingerprints.describe(dataset)]
     return seqio.TaskRegistry.add(
         name,
         source=source,
