@@ -6,19 +6,28 @@ import dataclasses
 import functools
 import gzip
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
+import numpy as np
 import tensorflow as tf
 import tokenizers as library
 from etils import epath
 
 from benchmarks.fuzz_examples import RUNS, Format, H, P, arrays, fields, text
-from mpt_jax.batching import tokenizers
+from mpt_jax.batching import arrangements, tokenizers
+from mpt_jax.batching.example_order import ExampleOrder
+from mpt_jax.batching.samplers import PerExample
+from mpt_jax.batching.task_texts import TaskTexts, TextTable
+from mpt_jax.batching.train_batches import Layout, TrainBatches
 from mpt_jax.checkpointing import checkpoints, run_lock
-from mpt_jax.data.iterators import HostShard, TrainIterator
+from mpt_jax.data import token_cache
+from mpt_jax.data.iterators import DatasetSource, HostShard, TableSource, TrainIterator
 from mpt_jax.evaluation import finalize
 from mpt_jax.experiments import results
 from mpt_jax.experiments.paper import __main__ as paper
@@ -148,19 +157,53 @@ def _read_plan(folder: Path) -> str:
 
 
 @functools.cache
-def _iterator() -> TrainIterator:
-    dataset = tf.data.Dataset.range(8).map(lambda x: {"x": x}).batch(2)
-    return TrainIterator(dataset, HostShard(2, 1, 0), {"split": "train", "tasks": ["rte"]})
+def _iterator(of_tables: bool) -> TrainIterator:
+    share = HostShard(2, 1, 0)
+    if of_tables:
+        table = TextTable(np.arange(1, 13, dtype=np.int32), np.arange(0, 13, 3))
+        texts = TaskTexts([dict.fromkeys(("inputs", "targets"), table)])
+        order = ExampleOrder(PerExample(2, 0), np.ones(1), texts.sizes, [0], shuffle=True)
+        layout = Layout(np.zeros(1, np.int32), np.zeros(1, np.int64), (2, 4, 4))
+        source: Any = TableSource(TrainBatches(texts, arrangements.unpacked(order, 2), layout))
+    else:
+        dataset = tf.data.Dataset.range(8).map(lambda x: {"x": x}).batch(2)
+        source = DatasetSource(dataset, share)
+    return TrainIterator(source, share, {"split": "train", "tasks": ["rte"]})
 
 
-def _write_position(folder: Path) -> None:
-    (folder / "position").write_bytes(_iterator().state())
+def _write_position(folder: Path, of_tables: bool) -> None:
+    (folder / "position").write_bytes(_iterator(of_tables).state())
 
 
-def _read_position(folder: Path) -> str:
-    iterator = _iterator()
+def _read_position(folder: Path, of_tables: bool) -> str:
+    iterator = _iterator(of_tables)
     iterator.restore((folder / "position").read_bytes())
     return repr(next(iterator))
+
+
+def _position(of_tables: bool) -> Format:
+    functions = (_write_position, _read_position)
+    return Format(*(functools.partial(each, of_tables=of_tables) for each in functions))
+
+
+def _in_cache(folder: Path, read: Callable[[], Any]) -> Any:
+    with mock.patch.dict(os.environ, {token_cache.VARIABLE: str(folder)}):
+        return read()
+
+
+def _write_tokens(folder: Path) -> None:
+    values = {name: np.arange(12, dtype=np.int32) for name in ("inputs", "targets")}
+    offsets = {name: np.arange(0, 13, 3) for name in values}
+    counts = dict.fromkeys(values, token_cache.Counts(12, 1, 1))
+    tokens = token_cache.Tokens(values, offsets, np.array([True, False, False, True]), counts)
+    _in_cache(folder, lambda: token_cache.save("entry", [tokens]))
+
+
+def _read_tokens(folder: Path) -> str:
+    found = _in_cache(folder, lambda: token_cache.load("entry"))
+    if found is None:
+        raise ValueError("damaged, or not there")
+    return repr(found)
 
 
 _REQUESTS = [b"one\n", b"two\n", b"three\n"]
@@ -269,7 +312,9 @@ RUN_FORMATS: dict[str, Format] = {
     "records": Format(_write_records, _read_records, changes_folder=True),
     "plan": Format(_write_plan, _read_plan, changes_folder=True),
     "run_lock": Format(_write_lock, _read_lock, changes_folder=True),
-    "data_position": Format(_write_position, _read_position),
+    "data_position": _position(of_tables=True),
+    "data_position_tf": _position(of_tables=False),
+    "tokens": Format(_write_tokens, _read_tokens, has_digest=True, changes_folder=True),
     "answers": Format(_write_answers, _read_answers, changes_folder=True),
     "data_text": Format(_write_data, _read_data),
     "data_parquet": Format(_write_parquet, _read_data),

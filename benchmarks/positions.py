@@ -81,7 +81,7 @@ def next_fit(lengths: np.ndarray, room: tuple[int, int]) -> int:
 def best_fit(lengths: np.ndarray, room: tuple[int, int], window: int) -> int:
     """Counts rows of our packing, one window at a time."""
     parts = (lengths[at : at + window] for at in range(0, len(lengths), window))
-    return sum(len(packing.best_fit(part, room)) for part in parts)
+    return sum(int(packing.best_fit(part, room).max()) + 1 for part in parts)
 
 
 def count(mix: Mix, prompt_length: int) -> dict[str, float]:

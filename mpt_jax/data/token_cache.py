@@ -79,6 +79,10 @@ class _Array(msgspec.Struct, forbid_unknown_fields=True):
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     arrays: dict[str, _Array]
     counts: dict[str, Counts]
+    crc32: schema.Amount = 0  # of the other fields
+
+    def checksum(self) -> int:
+        return zlib.crc32(msgspec.json.encode([self.arrays, self.counts]))
 
 
 def folder() -> Path | None:
@@ -100,6 +104,8 @@ def load(fingerprint: str) -> Tokens | None:
         entry = schema.load((path / _ENTRY).read_bytes(), _Entry, str(path / _ENTRY), "")
         if set(entry.arrays) != set(_TYPES) or set(entry.counts) != set(_FEATURES):
             raise ValueError(f"{path} has the arrays {schema.short(sorted(entry.arrays))}")
+        if entry.crc32 != entry.checksum():
+            raise ValueError(f"the checksum of {path / _ENTRY} differs")
         arrays = {name: _mapped(path, name, entry.arrays[name]) for name in _TYPES}
         values = {name: arrays[name] for name in _FEATURES}
         offsets = {name: arrays[f"{name}.offsets"] for name in _FEATURES}
@@ -195,7 +201,8 @@ class _Writer(contextlib.ExitStack):
         """Returns the description of what was written, after it is on the disk."""
         for file in self._files.values():
             file.flush()
-        return _Entry(self._arrays, self._counts)
+        entry = _Entry(self._arrays, self._counts)
+        return msgspec.structs.replace(entry, crc32=entry.checksum())
 
 
 @contextlib.contextmanager
