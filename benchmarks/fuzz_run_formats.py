@@ -23,8 +23,8 @@ from benchmarks.fuzz_examples import RUNS, Format, H, P, arrays, fields, text
 from mpt_jax.batching import arrangements, tokenizers
 from mpt_jax.batching.example_order import ExampleOrder
 from mpt_jax.batching.samplers import PerExample
+from mpt_jax.batching.table_batches import Layout, TrainBatches
 from mpt_jax.batching.task_texts import TaskTexts, TextTable
-from mpt_jax.batching.train_batches import Layout, TrainBatches
 from mpt_jax.checkpointing import checkpoints, run_lock
 from mpt_jax.data import token_cache
 from mpt_jax.data.iterators import DatasetSource, HostShard, TableSource, TrainIterator

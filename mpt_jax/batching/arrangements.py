@@ -164,7 +164,11 @@ def _joined(parts: list[tuple[int, Examples]]) -> Examples:
 
 def unpacked(order: ExampleOrder, batch_size: int) -> Arrangement:
     """Returns the arrangement with an example in each row, in order."""
-    return Arrangement(order, batch_size, batch_size, lambda _, *examples: _one_per_row(*examples))
+
+    def arrange(_, tasks, indices):
+        return one_per_row(tasks, indices), len(tasks)
+
+    return Arrangement(order, batch_size, batch_size, arrange)
 
 
 def by_length(
@@ -200,7 +204,7 @@ def by_length(
         batches = sorted_.reshape(shares, window, share).swapaxes(0, 1)
         drawn = random_bits.uniform32(seed, stream, np.array([number]), window)[0]
         chosen = batches[np.argsort(drawn, kind="stable")].ravel()
-        return _one_per_row(tasks[chosen], indices[chosen])
+        return one_per_row(tasks[chosen], indices[chosen]), len(chosen)
 
     return Arrangement(order, batch_size, window * batch_size, arrange)
 
@@ -236,7 +240,7 @@ def packed(
     return Arrangement(order, batch_size, together * window, arrange, one_per_row=False)
 
 
-def _one_per_row(tasks: np.ndarray, indices: np.ndarray) -> tuple[Examples, int]:
+def one_per_row(tasks: np.ndarray, indices: np.ndarray) -> Examples:
+    """Returns examples with a row for each, given their tasks [n] and indices [n]."""
     zeros = np.zeros(len(tasks), np.int64)
-    places = Places(np.arange(len(tasks)), zeros, zeros, zeros)
-    return Examples(tasks, indices, places), len(tasks)
+    return Examples(tasks, indices, Places(np.arange(len(tasks)), zeros, zeros, zeros))

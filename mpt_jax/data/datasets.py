@@ -54,7 +54,7 @@ class DatasetConfig:
         pack: whether to pack several examples into a row.
         use_custom_packing_ops: SeqIO's packing option; see `PromptFeatureConverter`.
         module: the module that registers the tasks; imported first.
-        use_memory_cache: whether to keep evaluation batches in memory between evaluations.
+        use_memory_cache: whether SeqIO keeps evaluation examples in memory between evaluations.
         trim_output_features: whether SeqIO trims examples, which `preprocessors.end_and_limit` has
             already truncated.
         length_buckets: {'inputs': [...], 'targets': [...]}, token limits below those of
@@ -437,9 +437,18 @@ def _batches_of_tasks(
     tables: Mapping[str, token_tables.ExampleTable],
     share: HostShard,
 ) -> dict[str, Callable[[], Iterable[Batch]]]:
-    """Returns {task: function that returns its batches}. Rows that are packed, or not kept in
-    memory, are made for one task at a time."""
+    """Returns {task: function that returns its batches}. Packed rows, and those of images that are
+    not kept in memory, are made for one task at a time."""
     buckets = cfg.buckets(converter)
+    if type(converter) is PromptFeatureConverter and not cfg.pack:
+        of_table = functools.partial(
+            table_batches.every_example,
+            limits=dict(cfg.task_feature_lengths or {}),
+            converter=converter,
+            buckets=buckets,
+            share=share,
+        )
+        return {name: of_table([table]) for name, table in tables.items()}
     if cfg.use_memory_cache and not cfg.pack:
         rows = _converted(cfg, converter, list(tables.values()))
         sizes = {name: table.num_examples for name, table in tables.items()}

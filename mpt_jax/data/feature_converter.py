@@ -170,6 +170,11 @@ class PromptFeatureConverter(seqio.FeatureConverter):
         lengths = self.get_model_feature_lengths(task_feature_lengths)
         return {name: ((length,), "int32") for name, length in lengths.items()}
 
+    def positions(self, task_feature_lengths: Mapping[str, int]) -> tuple[int, int]:
+        """Returns the numbers of encoder and decoder positions of a row, (T, L)."""
+        found = self._positions(task_feature_lengths)
+        return found["inputs"], found["targets"]
+
     def _positions(self, task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
         """Returns {'inputs': T, 'targets': L}."""
         one_example = {

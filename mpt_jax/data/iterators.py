@@ -26,7 +26,7 @@ from mpt_jax.batching import bucketing
 from mpt_jax.batching.arrangements import Position
 from mpt_jax.batching.bucketing import LengthBuckets
 from mpt_jax.batching.collate import Batch
-from mpt_jax.batching.train_batches import TrainBatches
+from mpt_jax.batching.table_batches import TrainBatches
 from mpt_jax.core import schema
 from mpt_jax.core.batch import num_rows
 from mpt_jax.core.comparison import check_same

@@ -1,7 +1,8 @@
-"""Training batches of the text tasks of a `TaskMixture`, made from token tables without tf.data."""
+"""Batches of text tasks that are made from token tables, without tf.data."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 from mpt_jax.batching import arrangements, bucketing
 from mpt_jax.batching.arrangements import Arrangement
 from mpt_jax.batching.bucketing import LengthBuckets
+from mpt_jax.batching.table_batches import EvalBatches, Layout, TrainBatches
 from mpt_jax.batching.task_texts import SIDES, TaskTexts, TextTable
-from mpt_jax.batching.train_batches import Layout, TrainBatches
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.iterators import HostShard
 from mpt_jax.data.sampling import TaskMixture, equal_shares
@@ -39,19 +40,58 @@ def of_mixture(
     Raises:
         ValueError: an example is too long or, for packing, is empty or contains id 0.
     """
-    limits = {side: cfg.task_feature_lengths[side] for side in SIDES}
+    texts, layout = _described(tables, cfg.task_feature_lengths, converter, buckets, share)
+    return TrainBatches(texts, _arrangement(mixture, tables, texts, layout, cfg, converter), layout)
+
+
+def every_example(
+    tables: Sequence[TokenTable],
+    limits: Mapping[str, int],
+    converter: PromptFeatureConverter,
+    buckets: LengthBuckets | None,
+    share: HostShard,
+    trim_targets: bool = True,
+) -> EvalBatches:
+    """Returns this host's batches with every example of some tasks once.
+
+    Args:
+        tables: the token tables of the tasks.
+        limits: the limits on the lengths of inputs and targets.
+        converter, buckets, share: as for `of_mixture`. The converter does not pack.
+        trim_targets: see `Layout`.
+
+    Raises:
+        ValueError: an example is too long.
+    """
+    texts, layout = _described(tables, limits, converter, buckets, share)
+    return EvalBatches(texts, dataclasses.replace(layout, trim_targets=trim_targets))
+
+
+def _described(
+    tables: Sequence[TokenTable],
+    limits: Mapping[str, int],
+    converter: PromptFeatureConverter,
+    buckets: LengthBuckets | None,
+    share: HostShard,
+) -> tuple[TaskTexts, Layout]:
+    """Returns the texts of tables, and the layout of their batches."""
+    limits = {side: limits[side] for side in SIDES}
     for table in tables:
         _check(table, limits, converter)
     texts = TaskTexts(
         [{side: TextTable(x.values[side], x.offsets[side]) for side in SIDES} for x in tables]
     )
     banks = np.array([converter.runs.row(x.name) for x in tables], np.int32)
-    prompts = np.array(converter.prompt_lengths, np.int64)[banks]
-    length = converter.get_model_feature_lengths(limits)
-    shape = cfg.batch_size, length["encoder_input_tokens"], length["decoder_target_tokens"]
-    layout = Layout(banks, prompts, shape, cfg.pack, buckets)
-    arrangement = _arrangement(mixture, tables, texts, layout, cfg, converter)
-    return TrainBatches(texts, arrangement, layout, share.num_hosts, share.host_index)
+    layout = Layout(
+        banks,
+        prompt_lengths=np.array(converter.prompt_lengths, np.int64)[banks],
+        shape=(share.batch_size, *converter.positions(limits)),
+        packed=converter.pack,
+        buckets=buckets,
+        num_hosts=share.num_hosts,
+        host_index=share.host_index,
+    )
+    return texts, layout
 
 
 def _arrangement(

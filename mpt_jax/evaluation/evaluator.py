@@ -22,7 +22,15 @@ from absl import logging
 
 from mpt_jax.artifacts import model_card
 from mpt_jax.batching.collate import Batch
-from mpt_jax.data import datasets, in_memory, task_lookup, token_reading, token_tables, validation
+from mpt_jax.data import (
+    datasets,
+    in_memory,
+    table_batches,
+    task_lookup,
+    token_reading,
+    token_tables,
+    validation,
+)
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.image_preprocessors import IMAGE
 from mpt_jax.data.iterators import EvalBatches, HostShard
@@ -123,7 +131,7 @@ class InferenceEvaluator:
         self._share = HostShard(cfg.batch_size, num_hosts, host_index)
         self._limits = self._longest() | dict(cfg.task_feature_lengths or {})
         self._buckets = cfg.buckets(self._converter, self._limits)
-        self._batches: dict[tuple[str, ...], EvalBatches] = {}
+        self._batches: dict[tuple[str, ...], Any] = {}
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -230,15 +238,22 @@ class InferenceEvaluator:
         """Returns (row indices, batch) pairs of this host, where the indices count the rows of the
         concatenated tasks."""
         if names not in self._batches:
-            # Converted together, because a dataset for each of hundreds of tasks takes a minute.
-            joined = token_tables.dataset_of([self._tables[name] for name in names])
-            self._batches[names] = EvalBatches(
-                self._converter(joined, self._limits),
-                self._share,
-                keep=self._keep,
-                buckets=self._buckets,
-                trim_targets=False,
-            )
+            # Together, because a dataset for each of hundreds of tasks takes a minute.
+            tables = [self._tables[name] for name in names]
+            if type(self._converter) is PromptFeatureConverter:
+                self._batches[names] = table_batches.every_example(
+                    tables,
+                    self._limits,
+                    self._converter,
+                    self._buckets,
+                    self._share,
+                    trim_targets=False,
+                )
+            else:
+                rows = self._converter(token_tables.dataset_of(tables), self._limits)
+                self._batches[names] = EvalBatches(
+                    rows, self._share, keep=self._keep, buckets=self._buckets, trim_targets=False
+                )
         return self._batches[names].numbered()
 
     def _run(self, function: BatchFn, names: tuple[str, ...]) -> dict[str, np.ndarray]:

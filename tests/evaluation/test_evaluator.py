@@ -10,7 +10,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.data import iterators, task_lookup, token_tables
+from mpt_jax.data import task_lookup, token_tables
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.feature_converter import PromptFeatureConverter
 from mpt_jax.data.sampling import task_mixture
@@ -163,21 +163,6 @@ def test_evaluator_without_memory_cache_rereads_data(where):
 
     assert reads_of_an_evaluation(True, True) == 0
     assert reads_of_an_evaluation(where != "evaluator", where != "dataset_cfg") > 0
-
-
-@pytest.mark.parametrize("in_evaluator", [True, False])
-@pytest.mark.parametrize("in_cfg", [True, False])
-def test_evaluator_keeps_converted_batches_if_it_keeps_data(in_evaluator, in_cfg, monkeypatch):
-    converted, read = [], iterators.EvalBatches._read
-    monkeypatch.setattr(
-        iterators.EvalBatches, "_read", lambda self: converted.append(self) or read(self)
-    )
-    cls = functools.partial(seqio.Evaluator, logger_cls=(), use_memory_cache=in_evaluator)
-    cfg = config("evl_b", use_memory_cache=in_cfg)
-    evaluator = InferenceEvaluator(cfg, CONVERTER, None, evaluator_cls=cls)
-    for step in range(3):
-        evaluator.evaluate(Model().predict, Model().score, step)
-    assert len(converted) == (1 if in_evaluator and in_cfg else 3)
 
 
 def test_evaluator_without_limits_measures_lengths():
