@@ -81,18 +81,6 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def of_files(paths: Iterable[Any]) -> list[str]:
-    """Returns the SHA-256 of the content of each file."""
-    found = []
-    for path in paths:
-        hasher = hashlib.sha256()
-        with path.open("rb") as file:
-            while part := file.read(2**20):
-                hasher.update(part)
-        found.append(hasher.hexdigest())
-    return found
-
-
 def vocabulary_of(vocabulary: Any) -> list[Any]:
     """Describes a vocabulary by its class, model and special ids."""
     model = getattr(vocabulary, "sp_model", None) or getattr(vocabulary, "identity", b"")

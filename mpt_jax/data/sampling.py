@@ -7,6 +7,7 @@ endless stream of each task's examples, in which every pass is a permutation tha
 many.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -142,9 +143,10 @@ class TaskMixture(seqio.Mixture):
             )
             for table, first in zip(tables, firsts, strict=True)
         ]
-        mixed = _mixed(streams, self.sampler, self.weights(sizes))
-        if hosts.num_shards > 1:
-            mixed = mixed.shard(hosts.num_shards, hosts.index)
+        sampler = dataclasses.replace(
+            self.sampler, num_hosts=hosts.num_shards, host_index=hosts.index
+        )
+        mixed = _mixed(streams, sampler, self.weights(sizes))
         example_at = tf.autograph.experimental.do_not_convert(joined_lookup(tables, stride))
         return mixed.map(example_at, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -217,7 +219,7 @@ class TaskMixture(seqio.Mixture):
 
 
 def _mixed(streams: Sequence[Any], sampler: Sampler, weights: np.ndarray) -> tf.data.Dataset:
-    """Returns the elements of endless streams in the order that a sampler draws."""
+    """Returns the elements of endless streams in the order that a sampler draws, for its host."""
 
     def draw(step: tf.Tensor) -> tf.Tensor:
         # Stateless, because tf.data cannot save the position of a stateful function.
@@ -229,7 +231,8 @@ def _mixed(streams: Sequence[Any], sampler: Sampler, weights: np.ndarray) -> tf.
 
     steps = tf.data.Dataset.range(np.iinfo(np.int64).max)
     choices = steps.map(tf.autograph.experimental.do_not_convert(draw)).unbatch()
-    return tf.data.Dataset.choose_from_datasets(list(streams), choices)
+    mixed = tf.data.Dataset.choose_from_datasets(list(streams), choices)
+    return mixed.shard(sampler.num_hosts, sampler.host_index) if sampler.num_hosts > 1 else mixed
 
 
 def report_exposure(provider: Any, steps: int, shared: bool) -> dict[str, dict[str, float]]:

@@ -1,9 +1,9 @@
 """Cache of tokenized splits on disk, shared by runs and, on a shared file system, by hosts.
 
 An entry is a folder named after its fingerprint (`fingerprints`), with one file for each array and
-`entry.json`. Files are mapped into memory, so a run reads only what its batches touch. The folder
-is `MPT_JAX_TOKEN_CACHE` if set (empty switches the cache off), else `~/.cache/mpt_jax/tokens`. It
-may be deleted at any time between runs.
+`entry.json`. Files are read once, for their checksums, and then mapped into memory, which therefore
+holds no more than batches touch. The folder of the cache is `MPT_JAX_TOKEN_CACHE` if set (empty
+switches it off), else `~/.cache/mpt_jax/tokens`. It may be deleted at any time between runs.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ def load(fingerprint: str) -> Tokens | None:
     return Tokens(values, offsets, arrays["overlong"], entry.counts)
 
 
-def _mapped(folder: Path, name: str, array: _Array) -> np.ndarray:
+def _mapped(entry: Path, name: str, array: _Array) -> np.ndarray:
     """Returns an array, mapped into memory after its size and checksum were compared."""
-    path, dtype = folder / name, np.dtype(_TYPES[name])
+    path, dtype = entry / name, np.dtype(_TYPES[name])
     if path.stat().st_size != array.size * dtype.itemsize:
         raise ValueError(f"{path} has {path.stat().st_size} bytes for {array.size} values")
     checksum = 0

@@ -64,8 +64,8 @@ class TokenTable:
     @property
     def num_bytes(self) -> int:
         """Size of the tokens in memory, in bytes; 0 of those that are mapped from a file."""
-        mapped = (np.memmap,)
-        return sum(_num_bytes(x) for x in self.values.values() if not isinstance(x, mapped))
+        held = [x for x in self.values.values() if not isinstance(x, np.memmap)]
+        return sum(map(_num_bytes, held))
 
 
 def _num_bytes(values: np.ndarray) -> int:

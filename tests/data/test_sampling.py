@@ -362,8 +362,11 @@ def test_task_mixture_weights_without_effect_raise(sampler, names, reason):
 
 
 def test_task_mixture_weights_with_effect_are_accepted():
-    TaskMixture("m", PAIR, StochasticTasks(6, 1, replacement=True), {"smp_a": 2.0, "smp_b": 1.0})
-    TaskMixture("m", tuple(SIZES), StochasticTasks(6, 1, kappa=2), cap=20)
+    rates, sizes = {"smp_a": 2.0, "smp_b": 1.0}, np.array([5, 40, 13])
+    rated = TaskMixture("m", PAIR, StochasticTasks(6, 1, replacement=True), rates)
+    assert rated.weights(sizes[:2]).tolist() == [2, 1]
+    capped = TaskMixture("m", tuple(SIZES), StochasticTasks(6, 1, kappa=2), cap=20)
+    assert capped.weights(sizes).tolist() == [5, 20, 13]
 
 
 # --- Errors ----------------------------------------------------------------------------------

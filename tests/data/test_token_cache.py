@@ -180,14 +180,14 @@ def test_change_makes_another_entry(change, tmp_path, cache, module):
     assert found.num_examples == 3
 
 
-def test_split_lengths_and_seed_make_other_entries(tmp_path, cache):
+def test_lengths_and_seed_make_other_entries_and_equal_splits_share_one(tmp_path, cache):
     found = task(write(tmp_path / "a.jsonl"))
     table(found)
-    table(found, "test")
+    table(found, "test")  # of the same file
     assert table(found, lengths={"inputs": 3, "targets": 4}).num_overlong == 2
     table(found, lengths=None)
     token_tables.ExampleTable(found, "train", LENGTHS, seed=1)
-    assert len(entries(cache)) == 5
+    assert len(entries(cache)) == 4
 
 
 def test_shuffled_limited_and_unknown_sources_are_not_cached(tmp_path, cache):
