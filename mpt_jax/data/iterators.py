@@ -141,6 +141,8 @@ class TableSource(Source):
     def restore(self, files: Mapping[str, bytes], batches: int) -> None:
         """Restores a position. One that tf.data saved is found again from the number of batches."""
         if _PLACE not in files:
+            if "position.index" not in files:  # of TensorFlow's checkpoint
+                raise ValueError(f"it has neither {_PLACE} nor a checkpoint of tf.data")
             logging.info("Finding the data position after %d batches.", batches)
             self._batches.arrangement.skip_to(batches)
             return

@@ -90,13 +90,22 @@ def test_position_is_small_and_does_not_move_the_iterator():
     ],
 )
 def test_damaged_place_raises(change):
+    check_refused(change)
+
+
+def test_position_without_a_place_raises():
+    check_refused(None)
+
+
+def check_refused(change):
     batches = iterator("stochastic", "packed")
     next(batches)
     files = zipfile.ZipFile(io.BytesIO(batches.state()))
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("position.json", files.read("position.json"))
-        place = json.loads(files.read("place.json")) | change
-        archive.writestr("place.json", json.dumps(place))
+        if change is not None:
+            place = json.loads(files.read("place.json")) | change
+            archive.writestr("place.json", json.dumps(place))
     with pytest.raises(ValueError, match="data position is corrupt.*Rename the checkpoint"):
         batches.restore(content.getvalue())
