@@ -190,6 +190,50 @@ class MemoryDataset(tf.data.Dataset):
         return cached
 
 
+class TextTask(seqio.Task):
+    """A SeqIO task whose texts are tokenized without SeqIO if `plain_texts` can read them."""
+
+    def get_dataset(  # type: ignore[override]  # SeqIO's names, of which it passes some
+        self,
+        sequence_length: Mapping[str, int] | None = None,
+        split: str = "train",
+        use_cached: bool = False,
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        num_epochs: int | None = 1,
+        **settings: Any,
+    ) -> Any:
+        """Returns the examples of a split, like `seqio.Task.get_dataset`. One unshuffled pass over
+        plain texts is tokenized without SeqIO, which takes longer to start."""
+        if num_epochs == 1 and not (use_cached or shuffle or shard_info):
+            texts = plain_texts(self, split, seed)
+            if texts is not None and len(texts["inputs"]):
+                return MemoryDataset(texts, self, sequence_length)
+        return super().get_dataset(
+            sequence_length,
+            split,
+            use_cached,
+            shuffle,
+            seed=seed,
+            shard_info=shard_info,
+            num_epochs=num_epochs,
+            **settings,
+        )
+
+    def replace(self, **changes: Any) -> Any:
+        """Returns a copy of this task with `changes`, of the same class."""
+        same = {
+            "source": self.source,
+            "preprocessors": self.preprocessors,
+            "postprocess_fn": self.postprocessor,
+            "metric_fns": self.metric_fns,
+        }
+        if "output_features" not in changes:
+            same["output_features"] = self.output_features
+        return type(self)(**{**same, **changes})
+
+
 def _is_finish(steps: Sequence) -> bool:
     return (
         len(steps) == 4

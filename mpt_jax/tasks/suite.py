@@ -75,7 +75,7 @@ class Row:
 _ROWS: dict[str, Row] = {}  # rows of all tables
 
 
-class RunTask(seqio.Task):
+class RunTask(in_memory.TextTask):
     """A SeqIO task that is tokenized with the vocabulary that gin binds after registration.
 
     Raises (on use):
@@ -97,44 +97,9 @@ class RunTask(seqio.Task):
             )
         return dict(sorted(preprocessors.output_features(self._first).items()))
 
-    def get_dataset(  # type: ignore[override]  # SeqIO's names, of which it passes some
-        self,
-        sequence_length: Mapping[str, int] | None = None,
-        split: str = "train",
-        use_cached: bool = False,
-        shuffle: bool = True,
-        seed: int | None = None,
-        shard_info: seqio.ShardInfo | None = None,
-        num_epochs: int | None = 1,
-        **settings: Any,
-    ) -> Any:
-        """Returns the examples of a split, like `seqio.Task.get_dataset`. One unshuffled pass over
-        plain texts is tokenized without SeqIO, which takes longer to start."""
-        if num_epochs == 1 and not (use_cached or shuffle or shard_info):
-            texts = in_memory.plain_texts(self, split, seed)
-            if texts is not None and len(texts["inputs"]):
-                return in_memory.MemoryDataset(texts, self, sequence_length)
-        return super().get_dataset(
-            sequence_length,
-            split,
-            use_cached,
-            shuffle,
-            seed=seed,
-            shard_info=shard_info,
-            num_epochs=num_epochs,
-            **settings,
-        )
-
-    def replace(self, **changes: Any) -> RunTask:
+    def replace(self, **changes: Any) -> Any:
         """Returns a copy of this task with `changes`, which is a `RunTask` as well."""
-        same = {
-            "source": self.source,
-            "output_features": {},
-            "preprocessors": self.preprocessors,
-            "postprocess_fn": self.postprocessor,
-            "metric_fns": self.metric_fns,
-        }
-        return RunTask(**{**same, **changes})
+        return super().replace(**{"output_features": {}, **changes})
 
 
 def _shown(vocabulary: Any) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from mpt_jax.data import fingerprints, preprocessors, vocabularies
+from mpt_jax.data import fingerprints, in_memory, preprocessors, vocabularies
 from mpt_jax.data.preprocessors import output_features
 from mpt_jax.evaluation import evaluator
 from mpt_jax.tasks import few_shot, text_metrics, toy_pretrain
@@ -144,13 +144,15 @@ def _add(name: str, dataset: Any, sizes: Any, preprocessors: list, metric_fns: l
     source: Any = seqio.FunctionDataSource(dataset, splits=tuple(sizes), num_input_examples=counts)
     # Rows are determined by the code of this library, so their tokens can be cached.
     source.fingerprint = lambda split: [split, fingerprints.describe(dataset)]
-    return seqio.TaskRegistry.add(
+    task = in_memory.TextTask(
         name,
         source=source,
         preprocessors=preprocessors,
         output_features=output_features(vocabulary()),
         metric_fns=[text_metrics.of_task(name, metric) for metric in metric_fns],
     )
+    seqio.TaskRegistry.add_provider(name, task)
+    return task
 
 
 def pretrain_chunk(number: int) -> tuple[np.ndarray, np.ndarray]:
