@@ -31,7 +31,6 @@ from typing import Any, NoReturn
 import gin
 import jax
 from absl import app, flags, logging
-from clu import metric_writers
 from etils import epath
 
 import mpt_jax
@@ -385,10 +384,14 @@ def config_str() -> str:
     return gin.config_str()
 
 
-def summarize_gin_config(
-    model_dir: str, summary_writer: metric_writers.MetricWriter | None, step: int
-) -> None:
-    """Writes `config.gin` to a MODEL_DIR, and the same text to TensorBoard; process 0 only."""
+def summarize_gin_config(model_dir: str, summary_writer: Any, step: int) -> None:
+    """Writes `config.gin` to a MODEL_DIR, and the same text to TensorBoard; process 0 only.
+
+    Args:
+        model_dir: MODEL_DIR.
+        summary_writer: a metric writer of clu, which T5X passes, or None.
+        step: the step of the text in TensorBoard.
+    """
     if jax.process_index() != 0:
         return
     text = config_str()

@@ -1,8 +1,4 @@
-"""Metric writers, progress line and run record.
-
-Only process 0 writes. Only training and evaluation should import this module, because clu's writers
-import TensorFlow.
-"""
+"""Metric writers, progress line and run record. Only process 0 writes."""
 
 from __future__ import annotations
 
@@ -16,11 +12,13 @@ from typing import Any
 
 import jax
 from absl import logging
-from clu import metric_writers
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.scalar import summary_v2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 import mpt_jax
 from mpt_jax.artifacts.provenance import git_revision, package_versions
@@ -35,7 +33,7 @@ class Writers:
 
     def __init__(self, model_dir: str):
         self._model_dir = epath.Path(model_dir)
-        self._writers: dict[str, Any] = {}
+        self._writers: dict[str, EventFileWriter] = {}
         self._lines: Any = None
 
     def write(self, folder: str, step: int, scalars: Mapping[str, float]) -> None:
@@ -48,9 +46,8 @@ class Writers:
         self._lines.write(json.dumps({"folder": folder, "step": step, **scalars}) + "\n")
         self._lines.flush()
         if folder not in self._writers:
-            writer = metric_writers.SummaryWriter(str(self._model_dir / folder))
-            self._writers[folder] = metric_writers.AsyncWriter(writer)
-        self._writers[folder].write_scalars(step, dict(scalars))
+            self._writers[folder] = EventFileWriter(str(self._model_dir / folder))
+        self._writers[folder].add_event(_event(step, scalars))
 
     def close(self) -> None:
         """Waits until all scalars are written, and closes the files."""
@@ -151,6 +148,14 @@ def write_run_record(model_dir: str, facts: Mapping[str, Any]) -> None:
     path = epath.Path(model_dir) / "run.jsonl"
     before = path.read_text() if path.exists() else ""
     write_atomic(path, before + json.dumps(record) + "\n")
+
+
+def _event(step: int, scalars: Mapping[str, float]) -> event_pb2.Event:
+    """Returns the scalars of a step as TensorFlow's `tf.summary.scalar` writes them."""
+    summary = summary_pb2.Summary()
+    for name, value in scalars.items():
+        summary.MergeFrom(summary_v2.scalar_pb(name, value))
+    return event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
 
 
 def _mend(path: epath.Path) -> None:
