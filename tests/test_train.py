@@ -21,6 +21,7 @@ from mpt_jax.core.tree import flatten, unflatten
 from mpt_jax.data import datasets
 from mpt_jax.data.sampling import EqualQuotas
 from mpt_jax.evaluation import finalize
+from mpt_jax.evaluation.evaluator import InferenceEvaluator
 from mpt_jax.models import encoder_decoder, losses
 from mpt_jax.prompts.factors import aligned
 from mpt_jax.prompts.mpt import MPT
@@ -540,6 +541,28 @@ def test_train_fleet_all_runs_failed_exports_best_steps(backbone, tmp_path, monk
         card = (folder / name / "README.md").read_text()
         count = sum(leaf.size for leaf in first.values()) // 3 * runs
         assert f"| trainable parameters | {count:,} |" in card
+
+
+@pytest.mark.slow
+def test_train_fleet_ended_runs_are_evaluated_once_more_and_keep_their_scores(
+    backbone, tmp_path, monkeypatch
+):
+    calls = []
+
+    def evaluate(self, predict_fn, score_fn, step, task_names=None):
+        everything = of_evaluator(self, predict_fn, score_fn, step)
+        found = of_evaluator(self, predict_fn, score_fn, step, task_names)
+        assert found == {name: everything[name] for name in task_names}
+        calls.append((step, list(task_names), everything))
+        return found
+
+    of_evaluator = InferenceEvaluator.evaluate
+    monkeypatch.setattr(InferenceEvaluator, "evaluate", evaluate)
+    scores = run_fleet(backbone, tmp_path / "run", 8, scored=True, peaks=(0.03, 1e38, 0.03))
+    assert [(step, names) for step, names, _ in calls] == [
+        (2, list(TASKS)), (4, ["run_a", "run_c"]), (6, ["run_c"]), (8, ["run_c"]),
+    ]  # fmt: skip
+    assert scores == calls[-1][-1], "what all runs would have scored in the end"
 
 
 @pytest.mark.slow

@@ -148,9 +148,13 @@ class InferenceEvaluator:
         self._evaluator.close()
 
     def evaluate(
-        self, predict_fn: BatchFn, score_fn: BatchFn, step: int
+        self,
+        predict_fn: BatchFn,
+        score_fn: BatchFn,
+        step: int,
+        task_names: Sequence[str] | None = None,
     ) -> dict[str, dict[str, float]]:
-        """Evaluates all tasks, and writes their metrics and predictions.
+        """Evaluates tasks, and writes their metrics and predictions.
 
         Args:
             predict_fn: a function of this host's batch that returns the predicted ids [B, L] of all
@@ -158,6 +162,7 @@ class InferenceEvaluator:
             score_fn: a function of this host's batch that returns the log-probability of each
                 target [B] of all hosts' rows, in nats.
             step: the training step of the parameters.
+            task_names: names of the tasks; None for all.
 
         Returns:
             {task: {metric: value}}; `rank_accuracy`, if any, follows the task's own metrics. The
@@ -167,6 +172,7 @@ class InferenceEvaluator:
         Raises:
             ValueError: an example's target is not one of the labels that its task declares.
         """
+        self._choose(self.task_names if task_names is None else task_names)
         outputs = {
             kind: self._run(function, self._needing(kind))
             for kind, function in ((PREDICTION, predict_fn), (SCORE, score_fn))
@@ -194,6 +200,13 @@ class InferenceEvaluator:
             self._reporter.report(name, text, found[name])
         return found
 
+    def _choose(self, names: Sequence[str]) -> None:
+        """Restricts the next evaluation to some tasks."""
+        chosen = [task for name, task in self._tasks.items() if name in names]
+        if chosen != self._evaluator.eval_tasks:
+            self._evaluator._eval_tasks = chosen
+            self._batches.clear()
+
     def _constant(self, name: str, ids: np.ndarray) -> str | None:
         """Returns the text of all predictions of a task if they are the same while its gold targets
         differ; None otherwise."""
@@ -215,8 +228,8 @@ class InferenceEvaluator:
 
     def _needing(self, kind: Any) -> tuple[str, ...]:
         return tuple(
-            name
-            for name, task in self._tasks.items()
+            task.name
+            for task in self._evaluator.eval_tasks
             if any(metric.model_output_type == kind for metric in task.metric_objs)
         )
 
@@ -272,7 +285,7 @@ class InferenceEvaluator:
 
     def _rank(self, score_fn: BatchFn) -> dict[str, dict[str, float]]:
         """Returns {task: {'rank_accuracy': percent}} for the tasks that declare labels."""
-        tasks = {name: task for name, task in self._tasks.items() if labels_of(task)}
+        tasks = {task.name: task for task in self._evaluator.eval_tasks if labels_of(task)}
         if not tasks:
             return {}
         ranker = ranking.Ranker(tasks, self._converter.runs, score_fn)

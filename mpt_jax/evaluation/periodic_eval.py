@@ -54,7 +54,8 @@ class PeriodicEvaluator:
         losses: {task or mixture: function that returns its batches}; None to compute no losses.
         inference: the evaluator that decodes and scores; None to compute no metrics.
         actions: {mode of `EVAL_MODES`: actions to run after an evaluation}.
-        scores: metrics of each run, from the last evaluation.
+        scores: metrics of each run. Those of a run that had ended before its last evaluation are
+            not computed again, because its parameters do not change.
         last_step: the step of the last evaluation; -1 before the first.
         not_evaluated: {run: the split that it would be evaluated on, but that its task lacks}.
 
@@ -70,6 +71,7 @@ class PeriodicEvaluator:
     scores: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     last_step: int = -1
     not_evaluated: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    _final: frozenset[str] = frozenset()  # runs whose scores are those of their last parameters
 
     def __post_init__(self):
         unknown = sorted(set(self.actions) - set(EVAL_MODES))
@@ -124,8 +126,12 @@ class PeriodicEvaluator:
         if self.inference:
             predict = functools.partial(self._predict, params)
             score = functools.partial(self._score, params)
-            self.scores = self.inference.evaluate(predict, score, step)
-            for name, scalars in self.scores.items():
+            kept = {name: self.scores[name] for name in self.scores if name in self._final}
+            names = [name for name in self.inference.task_names if name not in kept]
+            found = self.inference.evaluate(predict, score, step, names) if names else {}
+            self.scores = kept | found
+            self._final = frozenset(self._ended_runs())
+            for name, scalars in found.items():
                 logging.info(
                     "step %d  %s  %s",
                     step,
@@ -136,6 +142,12 @@ class PeriodicEvaluator:
         if self.selecting is not None:
             self.trainer.stop_groups(self.selecting.over)
         return stop or not self.trainer.active.any()
+
+    def _ended_runs(self) -> list[str]:
+        """Returns the names of the runs whose parameters no longer change."""
+        runs, active = self.trainer.model.runs, self.trainer.active
+        rows = zip(runs.run_names, runs.group_of_row, strict=True)
+        return [run for run, group in rows if not active[group]]
 
     def _report_statistics(self, step: int) -> None:
         """Writes and logs `PromptMethod.statistics` of the parameters."""

@@ -104,6 +104,20 @@ def test_evaluator_mixed_batches_metrics_match_by_hand(tmp_path):
     assert again == found
 
 
+def test_evaluator_chosen_tasks_have_the_scores_that_they_have_among_all(tmp_path):
+    evaluator = InferenceEvaluator(config(task_mixture(NAMES)), CONVERTER, str(tmp_path))
+    everything = evaluator.evaluate(Model().predict, Model().score, step=7)
+    for names in (["evl_b"], ["evl_c", "evl_a"], NAMES):
+        model = Model()
+        chosen = evaluator.evaluate(model.predict, model.score, step=8, task_names=names)
+        assert chosen == {name: everything[name] for name in NAMES if name in names}
+        if names == ["evl_b"]:
+            assert model.batches == 1, "3 examples to decode, none to score or to rank"
+    evaluator.close()
+    lines = (tmp_path / "evl_a-metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [7, 8, 8]
+
+
 def test_evaluator_files_match_t5x_layout(tmp_path):
     evaluator = InferenceEvaluator(config(task_mixture(NAMES)), CONVERTER, str(tmp_path))
     evaluator.evaluate(Model().predict, Model().score, step=7)
