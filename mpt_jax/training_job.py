@@ -14,6 +14,7 @@ from absl import logging
 from mpt_jax.checkpointing import checkpoint_config, checkpoints, data_position, fingerprint
 from mpt_jax.data import datasets, records, sampling, task_lookup
 from mpt_jax.data.iterators import TrainIterator
+from mpt_jax.data.loss_batches import eval_batches
 from mpt_jax.evaluation import evaluator as evaluation
 from mpt_jax.evaluation import finalize, metric_writers, periodic_eval
 from mpt_jax.evaluation.periodic_eval import PeriodicEvaluator
@@ -194,7 +195,7 @@ def make_evaluator(
             action.data, action.unscored = records.of_job([infer_cfg]), set(absent)
     writers = metric_writers.Writers(start.model_dir)
     converter = trainer.model.FEATURE_CONVERTER_CLS
-    losses = loss_cfg and datasets.eval_batches(
+    losses = loss_cfg and eval_batches(
         loss_cfg,
         converter,
         num_batches=num_batches or None,

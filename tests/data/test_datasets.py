@@ -12,6 +12,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.data import datasets
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.data.loss_batches import eval_batches
 from mpt_jax.data.sampling import EqualQuotas, StochasticTasks, TaskMixture, task_mixture
 from tests.fixtures import memory_tasks
 
@@ -279,21 +280,21 @@ def test_train_iterator_packed_independent_runs_raise():
     with pytest.raises(ValueError, match="gives the 3 groups of this job uneven shares"):
         datasets.train_iterator(config(mixture(), pack=True), apart)
     cfg = config("dat_b", pack=True, split="validation", shuffle=False)
-    assert list(datasets.eval_batches(cfg, apart)["dat_b"]()), "a loss does not depend on shares"
+    assert list(eval_batches(cfg, apart)["dat_b"]()), "a loss does not depend on shares"
 
 
 def test_eval_batches_length_buckets_every_example_once():
     arguments = dict(split="validation", shuffle=False, batch_size=4)
     cfg = config("dat_b", length_buckets={"inputs": [2]}, **arguments)
-    batches = list(datasets.eval_batches(cfg, CONVERTER)["dat_b"]())
-    expected = datasets.eval_batches(config("dat_b", **arguments), CONVERTER)["dat_b"]()
+    batches = list(eval_batches(cfg, CONVERTER)["dat_b"]())
+    expected = eval_batches(config("dat_b", **arguments), CONVERTER)["dat_b"]()
     wanted = [text for batch in expected for text in texts(batch) if text[1]]
     assert sorted(t for batch in batches for t in texts(batch) if t[1]) == sorted(wanted)
     assert [batch["encoder_input_tokens"].shape[1] for batch in batches] == [4] * 2 + [8] * 6
 
 
 def test_eval_batches_mixture_every_example_once():
-    made = datasets.eval_batches(
+    made = eval_batches(
         config("dat_plain", split="validation", shuffle=False, batch_size=4), CONVERTER
     )
     assert list(made) == ["dat_a", "dat_b", "dat_c", "dat_plain"]
@@ -320,7 +321,7 @@ def test_eval_batches_kept_equal_those_of_each_task(batch_size, buckets):
     """With one row a batch, tasks are longer than a window of batches and start inside one."""
     arguments = dict(split="validation", shuffle=False, batch_size=batch_size)
     kept, separate = (
-        datasets.eval_batches(
+        eval_batches(
             config("dat_plain", **arguments, length_buckets=buckets, use_memory_cache=keep),
             CONVERTER,
         )
@@ -333,14 +334,10 @@ def test_eval_batches_kept_equal_those_of_each_task(batch_size, buckets):
 
 def test_eval_batches_limited_and_sharded_equal_whole():
     cfg = config("dat_b", split="validation", shuffle=False, batch_size=4)
-    whole = list(datasets.eval_batches(cfg, CONVERTER, num_batches=2)["dat_b"]())
+    whole = list(eval_batches(cfg, CONVERTER, num_batches=2)["dat_b"]())
     assert len(whole) == 2
     halves = [
-        list(
-            datasets.eval_batches(cfg, CONVERTER, num_batches=2, num_hosts=2, host_index=i)[
-                "dat_b"
-            ]()
-        )
+        list(eval_batches(cfg, CONVERTER, num_batches=2, num_hosts=2, host_index=i)["dat_b"]())
         for i in range(2)
     ]
     for step in range(2):
@@ -394,7 +391,7 @@ def test_datasets_empty_split_raises():
     with pytest.raises(ValueError, match="does not fill one batch"):
         next(datasets.train_iterator(config("dat_empty"), converter))
     with pytest.raises(ValueError, match="The 'train' split of task 'dat_empty' is empty"):
-        datasets.eval_batches(config("dat_empty"), converter)
+        eval_batches(config("dat_empty"), converter)
 
 
 def test_train_iterator_graph_error_is_readable():

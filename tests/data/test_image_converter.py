@@ -13,6 +13,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.data import datasets, iterators
 from mpt_jax.data.dataset_iterator import plain_message
 from mpt_jax.data.image_transforms import ImageTransform
+from mpt_jax.data.loss_batches import eval_batches
 from mpt_jax.data.preprocessors import task_id
 from mpt_jax.data.sampling import EqualQuotas, task_mixture
 from mpt_jax.data.task_lookup import find_task
@@ -213,7 +214,7 @@ def test_evaluation_examples_are_not_augmented():
 def test_eval_batches_of_augmented_model_equal_pillow():
     augmented = image_jobs.converter(["job_pets"], SIZE, augmented=True)
     cfg = datasets.DatasetConfig("job_pets", {}, "validation", 4, shuffle=False, seed=0)
-    batches = list(datasets.eval_batches(cfg, augmented)["job_pets"]())
+    batches = list(eval_batches(cfg, augmented)["job_pets"]())
     found = np.concatenate([batch["image"] for batch in batches])
     contents = [row["image"][0] for row in picture_files.rows("job_pets", "validation")]
     assert len(found) == 12 and len(contents) == 10
@@ -231,7 +232,7 @@ def test_decoded_images_are_not_kept_in_memory(tasks):
     data = task_mixture(tasks, EqualQuotas(8, 3)) if len(tasks) > 1 else tasks[0]
     cfg = datasets.DatasetConfig(data, {}, "validation", 4, shuffle=False, seed=0)
     assert cfg.use_memory_cache
-    for batches in datasets.eval_batches(cfg, make).values():
+    for batches in eval_batches(cfg, make).values():
         assert next(iter(batches())) is not next(iter(batches()))
     rows = tf.data.Dataset.from_tensor_slices({"encoder_input_tokens": np.zeros((8, 3), np.int32)})
     text = iterators.EvalBatches(rows, iterators.HostShard(4, 1, 0), keep=True)

@@ -12,6 +12,7 @@ import tensorflow as tf
 from mpt_jax.core.runs import Runs
 from mpt_jax.data import datasets, in_memory, preprocessors, token_tables, vocabularies
 from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.data.loss_batches import eval_batches
 from mpt_jax.data.sampling import EqualQuotas, TaskMixture
 from mpt_jax.evaluation import evaluator
 from mpt_jax.runtime import paths
@@ -152,7 +153,7 @@ def test_many_tasks_share_graphs_of_tokenizing_and_converting(tasks, monkeypatch
     train = datasets.train_iterator(cfg(split="train", shuffle=True), converter)
     assert sorted(next(train)["encoder_task_ids"].max(axis=1)) == [0, 0, 1, 1, 2, 2, 3, 3]
     validation = cfg(split="validation", shuffle=False)
-    losses = datasets.eval_batches(validation, converter)
+    losses = eval_batches(validation, converter)
     assert all(len(list(batches())) for batches in losses.values())
     started = []
     start = tf.data.Dataset.__iter__
@@ -171,10 +172,10 @@ def test_loss_batch_of_fleet_task_has_rows_of_its_share(tasks):
     cfg = datasets.DatasetConfig(
         mixture, {"inputs": 40, "targets": 9}, "validation", 16, shuffle=False, seed=0
     )
-    whole = datasets.eval_batches(cfg, converter)
+    whole = eval_batches(cfg, converter)
     (batch,) = whole[NAMES[1]]()
     assert batch["decoder_target_tokens"].shape == (4, 9) and len(list(whole[mixture.name]())) == 4
-    (batch,) = datasets.eval_batches(cfg, converter, row_multiple=8)[NAMES[1]]()
+    (batch,) = eval_batches(cfg, converter, row_multiple=8)[NAMES[1]]()
     assert len(batch["decoder_target_tokens"]) == 8
-    (batch,) = datasets.eval_batches(cfg, converter, row_multiple=32)[NAMES[1]]()
+    (batch,) = eval_batches(cfg, converter, row_multiple=32)[NAMES[1]]()
     assert len(batch["decoder_target_tokens"]) == 16

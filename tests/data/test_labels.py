@@ -12,6 +12,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.data import datasets, labels, vocabularies
 from mpt_jax.data.datasets import DatasetConfig
 from mpt_jax.data.feature_converter import PromptFeatureConverter
+from mpt_jax.data.loss_batches import eval_batches
 from mpt_jax.evaluation.evaluator import InferenceEvaluator, with_labels
 from mpt_jax.runtime.paths import SHIPPED
 from tests.fixtures import memory_tasks, training_runs
@@ -45,7 +46,7 @@ def converter(name):
 
 READERS = {
     "training": lambda name: datasets.train_iterator(config(name), converter(name)),
-    "loss": lambda name: datasets.eval_batches(config(name), converter(name)),
+    "loss": lambda name: eval_batches(config(name), converter(name)),
     "metrics": lambda name: InferenceEvaluator(config(name, "validation"), converter(name), None),
     "infer": lambda name: infer._tasks(config(name), training_runs.build(runs=Runs([name]))),
 }

@@ -9,7 +9,7 @@ API = {
     "as_main": "mpt_jax.config.gin_utils:as_main",
     "parse": "mpt_jax.config.gin_utils:parse",
     "train_iterator": "mpt_jax.data.datasets:train_iterator",
-    "eval_batches": "mpt_jax.data.datasets:eval_batches",
+    "eval_batches": "mpt_jax.data.loss_batches:eval_batches",
     "train_script": "mpt_jax.train",
 }
 # Command lines after `python`; mpt-jax is what pyproject.toml says.
