@@ -21,7 +21,7 @@ from mpt_jax.models.model import Model
 from mpt_jax.runtime import compilation_cache
 from mpt_jax.runtime.arguments import refuse_ineffective
 from mpt_jax.runtime.preemption import stop_requests
-from mpt_jax.training import optimizers, selection, train_step
+from mpt_jax.training import optimizers, profiling, selection, train_step
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.trainer import Trainer
 from mpt_jax.training_job import (
@@ -61,6 +61,7 @@ def train(
     verify_matching_vocabs_fn: Callable[..., None] | None = validation.check_vocabularies,
     get_dataset_fn: Callable[..., Any] | None = None,
     train_eval_get_dataset_fn: Callable[..., Any] | None = None,
+    profile_steps: int | None = None,
 ) -> selection.Scores:
     """Trains a model; resumes if MODEL_DIR holds a checkpoint of this job.
 
@@ -89,6 +90,7 @@ def train(
         gc_period: T5X's; not supported.
         verify_matching_vocabs_fn: called as `(dataset_cfg, model)`; None for no check.
         get_dataset_fn, train_eval_get_dataset_fn: T5X's; not supported.
+        profile_steps: the number of steps to trace with `jax.profiler`; None traces none.
 
     Returns:
         The metrics of each run at the last evaluation.
@@ -113,6 +115,7 @@ def train(
         use_orbax=(use_orbax, True),
     )
     _check_settings(model, checkpoint_cfg, total_steps)
+    trace = profiling.StepTrace(model_dir, profile_steps)
     data_cfgs = (train_dataset_cfg, train_eval_dataset_cfg, infer_eval_dataset_cfg)
     _check_data_settings(*data_cfgs, partitioner.num_shards, trainer_cls)
     compilation_cache.enable()
@@ -150,7 +153,7 @@ def train(
             total_steps, trainer.step, train_dataset_cfg.batch_size
         )
         log_if_ended(start, total_steps)
-        job = Job(start, evaluator, progress, check_it_is_ours)
+        job = Job(start, evaluator, progress, check_it_is_ours, trace)
         stop = False
         with stop_requests() as request, job.closing():
             # A run that was killed between a save and the evaluation of that step evaluates it
@@ -174,8 +177,7 @@ def train(
                     stop = job.evaluate()
                 stop = stop or not trainer.active.any() or request.is_due(trainer.step)
                 if not stop:
-                    check_it_is_ours()
-                    trainer.train(next(start.batches))
+                    job.take_step()
             job.report()
             job.save_checkpoint()
             if request.signal is None and evaluator.last_step != trainer.step:

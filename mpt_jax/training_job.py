@@ -21,7 +21,7 @@ from mpt_jax.evaluation.periodic_eval import PeriodicEvaluator
 from mpt_jax.models.model import Model
 from mpt_jax.runtime import malloc
 from mpt_jax.runtime.preemption import exit_if_peer_lost
-from mpt_jax.training import initialization, selection
+from mpt_jax.training import initialization, profiling, selection
 from mpt_jax.training.partitioning import PjitPartitioner
 from mpt_jax.training.state import (
     TrainState,
@@ -267,12 +267,14 @@ class Job:
         evaluator: the evaluator that runs between steps.
         progress: the progress line on the terminal.
         check_it_is_ours: a function that raises ModelDirInUse if another job has taken MODEL_DIR.
+        trace: the profiler trace of a few steps, if any.
     """
 
     start: Start
     evaluator: PeriodicEvaluator
     progress: metric_writers.ProgressLine
     check_it_is_ours: Callable[..., None]
+    trace: profiling.StepTrace
 
     @property
     def trainer(self) -> Trainer:
@@ -305,6 +307,13 @@ class Job:
         }
         logging.info("First step after %.1f s.", now - started)
         self.evaluator.writers.write("train", step, seconds)
+        self.trace.after_step(self.trainer)
+
+    def take_step(self) -> None:
+        """Dispatches one step."""
+        self.check_it_is_ours()
+        self.trainer.train(next(self.start.batches))
+        self.trace.after_step(self.trainer)
 
     def report(self) -> None:
         """Writes the mean metrics since the last report."""
@@ -351,13 +360,14 @@ class Job:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """Closes the progress line, the writers and the checkpoints at the end of the block.
+        """Closes the trace, the progress line, the writers and the checkpoints after the block.
 
         If all runs have failed, first saves the last good state and, in a job of several groups,
         writes the final artifacts. If another process of the job was lost, ends this process.
         """
         try:
-            yield
+            with self.trace:
+                yield
         except NonFiniteLoss:
             self.save_checkpoint()
             if self.trainer.model.runs.num_groups > 1:

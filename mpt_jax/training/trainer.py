@@ -153,7 +153,8 @@ class Trainer:
             OutOfMemory: the step does not fit in device memory.
         """
         self._largest = oom.larger_batch(self._largest, batch)
-        with oom.explain_oom(self, self._largest):
+        annotation = jax.profiler.StepTraceAnnotation("train", step_num=self.step)  # as in T5X
+        with oom.explain_oom(self, self._largest), annotation:
             self._dispatch(batch)
 
     def term_gradient_norms(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
