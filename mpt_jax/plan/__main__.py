@@ -61,6 +61,7 @@ def train(**given: Any) -> Job:
         partitioner.num_partitions,
         rows_by_run=given["model"].runs.num_groups > 1
         and sampling.has_equal_shares(given["train_dataset_cfg"]),
+        total_steps=given["total_steps"],
     )  # `read_job` adds the shapes of a mesh over slices
 
 
@@ -90,10 +91,11 @@ def main(argv: list[str]) -> None:
         format.table(costs),
         format.details(costs),
         format.verdicts(costs),
+        format.job_costs(costs, job),
     ]
     print(*filter(None, parts), sep="\n\n")
     if values.json:
-        Path(values.json).write_text(json.dumps(format.as_json(costs), indent=1) + "\n")
+        Path(values.json).write_text(json.dumps(format.as_json(costs, job), indent=1) + "\n")
 
 
 def read_job(gin_files: list[str], bindings: list[str], search_paths: list[str]) -> Job:

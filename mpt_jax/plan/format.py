@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpt_jax.core import schema
-from mpt_jax.plan.steps import DoesNotFit, StepCost
+from mpt_jax.plan.steps import DoesNotFit, Job, StepCost
 
 NOTE = (
     "The TPU compiler's estimates, per chip and step; nothing was run. accessed: all reads and "
@@ -31,8 +31,7 @@ def table(found: Sequence[StepCost | DoesNotFit]) -> str:
 
 
 def _row(cost: StepCost | DoesNotFit) -> list[str]:
-    choice = cost.choice
-    mesh = f"{cost.num_chips // choice.model_axis} x {choice.model_axis}"
+    choice, mesh = cost.choice, _mesh(cost)
     parts = "" if choice.num_microbatches is None else str(choice.num_microbatches)
     if isinstance(cost, DoesNotFit):
         blank = ["" for _ in _HEAD[6:]]
@@ -55,6 +54,11 @@ def _row(cost: StepCost | DoesNotFit) -> list[str]:
         f"{1e3 * cost.compute_seconds:.1f}", f"{1e3 * cost.accessed_seconds:.1f}",
         f"{1e3 * cost.ici_seconds:.2f}", cost.bound_by, f"{cost.fraction_of_ideal:.2f}",
     ]  # fmt: skip
+
+
+def _mesh(cost: StepCost | DoesNotFit) -> str:
+    model_axis = cost.choice.model_axis
+    return f"{cost.num_chips // model_axis} x {model_axis}"
 
 
 def _gib(size: int) -> str:
@@ -111,9 +115,54 @@ def verdicts(found: Sequence[StepCost | DoesNotFit]) -> str:
     return "\n".join(lines)
 
 
-def as_json(found: Sequence[StepCost | DoesNotFit]) -> list[dict[str, Any]]:
-    """Returns all figures as JSON values, unrounded, in bytes and seconds."""
-    return [dataclasses.asdict(cost) | derived(cost) for cost in found]
+def job_costs(found: Sequence[StepCost | DoesNotFit], job: Job) -> str:
+    """Returns the job's estimated chip hours: a line for each layout whose train step fits, and
+    what they leave out. '' if the job has no steps, or no train step fits."""
+    lines = []
+    for cost in found:
+        if not (hours := _chip_hours(cost, job)) or not cost.fits:
+            continue
+        step = 1e3 * max(cost.compute_seconds, cost.accessed_seconds)
+        parts = cost.choice.num_microbatches
+        line = (
+            f"* {cost.choice.name}, {_mesh(cost)}{f', {parts} microbatches' if parts else ''}: "
+            f"{cost.num_chips} chips x {step:.1f} ms x {job.total_steps:,} steps = "
+            f"{_hours(hours['estimated_chip_hours'])} chip hours"
+        )
+        if each := hours.get("estimated_chip_hours_per_run"):
+            line += f", {_hours(each)} for each of {job.model.runs.num_rows} independent runs"
+        lines.append(line)
+    if not lines:
+        return ""
+    return "\n".join(
+        (
+            "Estimated cost of the job, in chip hours. A step takes the larger of ms compute and "
+            "ms memory. Left out: data loading, evaluation, compilation, checkpoints, "
+            "communication.",
+            *lines,
+        )
+    )
+
+
+def _chip_hours(cost: StepCost | DoesNotFit, job: Job) -> dict[str, float]:
+    """Returns the estimated chip hours of the job, and of each run if all runs are independent; {}
+    unless `cost` is a compiled train step and the job has steps."""
+    if isinstance(cost, DoesNotFit) or cost.step != "train" or not job.total_steps:
+        return {}
+    hours, runs = cost.chip_hours(job.total_steps), job.model.runs
+    found = {"estimated_chip_hours": hours}
+    if 1 < runs.num_groups == runs.num_rows:
+        found["estimated_chip_hours_per_run"] = hours / runs.num_rows
+    return found
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+
+
+def as_json(found: Sequence[StepCost | DoesNotFit], job: Job) -> list[dict[str, Any]]:
+    """Returns all figures as JSON values, unrounded, in bytes, seconds and chip hours."""
+    return [dataclasses.asdict(cost) | derived(cost) | _chip_hours(cost, job) for cost in found]
 
 
 def from_json(record: Mapping[str, Any]) -> StepCost:

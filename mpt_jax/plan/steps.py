@@ -39,6 +39,7 @@ class Job:
         ici_mesh_shape, dcn_mesh_shape: The mesh (replica, data, model) inside a slice and across
             slices; None if the gin file does not set it.
         rows_by_run: Whether the examples of a batch are sorted by run, as in `Trainer`.
+        total_steps: The step to train to.
     """
 
     model: Model
@@ -50,6 +51,7 @@ class Job:
     ici_mesh_shape: Sequence[int] | None = None
     dcn_mesh_shape: Sequence[int] | None = None
     rows_by_run: bool = False
+    total_steps: int = 0
 
     @property
     def slices(self) -> int:
@@ -180,6 +182,12 @@ class StepCost:
     def estimate(self) -> float:
         """Seconds per step, to rank layouts: the larger of compute and memory, plus network."""
         return max(self.compute_seconds, self.accessed_seconds) + self.ici_seconds
+
+    def chip_hours(self, steps: int) -> float:
+        """Estimated chip hours of a number of steps, each as long as the larger of compute time and
+        memory time. Nothing else that a job does is included."""
+        seconds = max(self.compute_seconds, self.accessed_seconds)
+        return self.num_chips * seconds * steps / 3600
 
 
 @dataclasses.dataclass(frozen=True)

@@ -281,7 +281,7 @@ def test_compile_steps_v6e_with_model_axis(libtpu):
     text = format.table([train, evaluated, predict])
     assert "| v6e:2x2 | 2 x 2 |" in text and text.count("\n") == 4
     assert "the smallest slice tried that fits is v6e:2x2" in format.verdicts([train])
-    written = json.loads(json.dumps(format.as_json([train])))
+    written = json.loads(json.dumps(format.as_json([train], job(CONFIG, 8))))
     assert written[0]["compute_seconds"] == pytest.approx(train.cost.flops / 918e12)
 
 
@@ -289,7 +289,7 @@ def test_from_json_reads_what_as_json_wrote_and_damage_raises():
     counts = hlo.Cost(2.0, 3.0, 4.0, {"all-reduce": (1, 8.0)}, {"kernel": (1, 2.0, 3.0)}, 1, 0)
     choice, compiler = steps.MeshLayout("v5e:2x2"), {"flops": 1.0}
     cost = steps.StepCost("train", choice, 4, 8.0, 1, 2, 3, counts, compiler, 0.5)
-    (record,) = json.loads(json.dumps(format.as_json([cost])))
+    (record,) = json.loads(json.dumps(format.as_json([cost], job(CONFIG, 8))))
     assert format.from_json(record) == cost
     for damage, message in (
         ({"peak": None}, "has peak = null, but an integer was expected"),
@@ -439,8 +439,8 @@ def test_read_job_takes_mesh_shapes_from_gin():
     ]
     files = ["gin/mpt_source.gin", "gin/tiny.gin"]
     shaped, plain = read_jobs((files, bindings), (files, []))
-    assert shaped == [[1, 4, 2], [4, 1, 1], 4]
-    assert plain == [None, None, 1]
+    assert shaped == [[1, 4, 2], [4, 1, 1], 4, 300]  # TRAIN_STEPS of tiny.gin
+    assert plain == [None, None, 1, 300]
 
 
 # --- The command ---------------------------------------------------------------------------------
@@ -462,6 +462,7 @@ def test_plan_command_compiles_gin_file(libtpu, tmp_path):
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.count("| v5e:2x2 | 2 x 2 |") == 2
     assert "fastest layout tried" in found.stdout
+    assert found.stdout.count(" ms x 300 steps = ") == 2
     one, two = json.loads((tmp_path / "plan.json").read_text())
     assert one["cost"]["flops"] == pytest.approx(two["cost"]["flops"], rel=0.05)
 
