@@ -188,6 +188,8 @@ class Peft:
             from benchmarks import fused_t5
 
             fused_t5.fuse_attention(backbone)
+            # Beyond the limit, torch would run the rest uncompiled, and only log it.
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             self.model = torch.compile(self.model, dynamic=True)
         self._last: Any = None
 

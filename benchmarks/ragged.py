@@ -3,8 +3,7 @@
     python -m benchmarks.ragged --out docs/benchmarks/ragged_small.json
     python -m benchmarks.ragged --size base --batch-sizes 8 --batches 6 --stages source \
         --out docs/benchmarks/ragged_base.json
-    python -m benchmarks.ragged --device gpu --size large --batch-sizes 8 16 32 64 \
-        --peak-tflops 989 --out docs/benchmarks/ragged_gpu.json
+    python -m benchmarks.ragged --device gpu --size large --batch-sizes 8 --peak-tflops 989
 
 T5 shapes with random weights, P = 100, texts of at most 256 tokens with the lengths of
 benchmarks/ragged_mix.py (assumed; the record has the histogram). PEFT pads each batch to its
@@ -13,7 +12,8 @@ buckets, or packs by best fit into rows of once or twice the limits. All contest
 list of examples in a turn, in batches of --batch-sizes examples (packed: on average), and take
 turns. A source step has six tasks in its batches, a target step one. Everything is float32 unless
 a name says bfloat16. On a GPU everything is bfloat16, PEFT's model is compiled and its attention
-fused (benchmarks/fused_t5.py). No GPU figure has been measured yet. PEFT needs the `parity` extra.
+fused (benchmarks/fused_t5.py). benchmarks/gpu.py runs all sizes there, contestant by contestant. No
+GPU figure has been measured yet. PEFT needs the `parity` extra.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def work(args: argparse.Namespace, stage: str, batch_size: int, who: Contestant)
     if who.library == "PEFT":
         device = "cuda" if on_gpu else "cpu"
         side = Peft(config, P, STAGES[stage], device, fused=on_gpu)
-        malloc.keep_freed_memory()  # as our trainer does
+        if not on_gpu:  # there it would start JAX on PEFT's GPU
+            malloc.keep_freed_memory()  # as our trainer does
     else:
         side = Ours(config, P, STAGES[stage], who.distilled)
 
@@ -127,7 +128,9 @@ def measure(args: argparse.Namespace, stage: str, batch_size: int) -> dict[str, 
     given = ["benchmarks.ragged", "--device", args.device, "--size", args.size]
     given += ["--batches", str(args.batches), "--stages", stage, "--batch-sizes", str(batch_size)]
     commands = {who.name: [*given, "--serve", who.name] for who in whos}
-    found = contest.compare(commands, args.turns, args.together)
+    # Several models need not fit into a GPU together.
+    together = args.together or (1 if args.device == "gpu" else 4)
+    found = contest.compare(commands, args.turns, together)
     list_of_turn = examples(args, stage, batch_size)
     flops = ragged_batches.needed_flops(t5(args.size), list_of_turn, P)
     for who in whos:
@@ -185,10 +188,10 @@ def markdown(found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of the compared packages."""
-    return {
-        name: metadata.version(name) for name in ("jax", "flax", "torch", "transformers", "peft")
-    }
+    """Returns the versions of the compared packages that are installed."""
+    installed = {each.name for each in metadata.distributions()}
+    names = ("jax", "flax", "torch", "transformers", "peft")
+    return {name: metadata.version(name) for name in names if name in installed}
 
 
 def parsed() -> argparse.Namespace:
@@ -201,7 +204,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=6, help="batches in a turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--contestants", nargs="+", choices=ALL, metavar="NAME")
-    parser.add_argument("--together", type=int, default=4, help="contestants in memory at once")
+    parser.add_argument(
+        "--together", type=int, help="contestants in memory at once; default: 4, on a GPU 1"
+    )
     parser.add_argument("--peak-tflops", type=float, help="peak of the device in this precision")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", choices=ALL, help=argparse.SUPPRESS)
@@ -211,9 +216,11 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Prints tables, and writes the figures to --out if given."""
     args = parsed()
-    # Several processes share a GPU, so no process may reserve all of its memory.
+    # For the contestants' processes; JAX has read them in this process, which uses no device.
+    # Several processes share a GPU, so no process may reserve all of its memory. PEFT uses one GPU.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     os.environ["JAX_PLATFORMS"] = "cuda" if args.device == "gpu" else "cpu"
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if args.serve:
         (stage,), (size,) = args.stages, args.batch_sizes
         contest.serve(lambda: work(args, stage, size, ALL[args.serve]))
