@@ -82,7 +82,7 @@ def saved(tmp_path_factory):
     kept.close()
     return types.SimpleNamespace(
         model=model, params=params, folder=folder, origins=origins, run=folder / "run",
-        predict=jax.jit(model.predict_batch), forward=jax.jit(model.forward), answers={},
+        predict=jax.jit(model.predict_batch), logits=jax.jit(model.logits), answers={},
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def answered_one_by_one(saved, name):
     converted = saved.model.FEATURE_CONVERTER_CLS(pack=False)(dataset, LENGTHS)
     for text, batch in zip(dataset, converted.batch(1).as_numpy_iterator(), strict=True):
         tokens = saved.predict(saved.params, batch)[0]
-        logits = saved.forward(saved.params, batch).logits[0]
+        logits = saved.logits(saved.params, batch)[0]
         logged = np.asarray(jax.nn.log_softmax(logits))
         targets = batch["decoder_target_tokens"][0]
         score = sum(logged[i, token] for i, token in enumerate(targets) if token)

@@ -13,6 +13,7 @@ An ordered table of labels determines which parameters are trainable.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from mpt_jax.core.tree import Rules
 from mpt_jax.models import decoding, losses, metrics, prompt_insertion
 from mpt_jax.models.model import FROZEN, Model, RowCost, axes_of
 from mpt_jax.models.t5x_interface import T5XInterface
+from mpt_jax.models.token_losses import Head, token_values
 from mpt_jax.prompts.base import InitContext, PromptMethod, row_axes
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 
@@ -170,7 +172,7 @@ class PromptedEncoderDecoder(T5XInterface, Model):
         teacher: bool = False,
         hidden: bool = False,
     ) -> losses.ModelOutputs:
-        """Returns teacher-forced logits and, on request, hidden states for distillation.
+        """Returns teacher-forced decoder states and, on request, hidden states for distillation.
 
         Args:
             params: the whole parameter tree.
@@ -208,16 +210,25 @@ class PromptedEncoderDecoder(T5XInterface, Model):
             deterministic=dropout_rng is None,
             return_hidden=hidden,
             rngs=_fold(rngs, 1),
-            method="decode",
+            method="decode_states",
         )
-        logits, decoder_hidden = decoded if hidden else (decoded, ())
+        states, decoder_hidden = decoded if hidden else (decoded, ())
         return losses.ModelOutputs(
-            logits,
+            states,
             self._select_layers(encoder_hidden),
             self._select_layers(decoder_hidden),
             prompted.prompts,
             prompted.mixed,
         )
+
+    def head(self, params: Params) -> Head:
+        """Returns the function that computes logits from final decoder states."""
+        variables = {"params": self._backbone(params)}
+        return functools.partial(self.module.apply, variables, method="logits")
+
+    def logits(self, params: Params, batch: Batch) -> Float[Array, "B L V"]:
+        """Returns teacher-forced logits of all target positions, float32, without dropout."""
+        return self.head(params)(self.forward(params, batch).states)
 
     def _embed(
         self, params: Params, batch: Batch, key: Key | None = None, teacher: bool = False
@@ -307,9 +318,12 @@ class PromptedEncoderDecoder(T5XInterface, Model):
         if distillation is not None and teacher is None:
             frozen = jax.tree.map(jax.lax.stop_gradient, params)
             teacher = self.forward(frozen, batch, None, teacher=True, hidden=hidden)
-        sums = losses.term_sums(self.objective, batch, self.groups(batch), student, teacher)
+        taught = None if teacher is None else teacher.states
+        assert student.states is not None
+        tokens = token_values(self.objective, batch, self.head(params), student.states, taught)
+        sums = losses.term_sums(self.objective, batch, self.groups(batch), tokens, student, teacher)
         step_metrics = metrics.task_metrics(
-            batch, student.logits, batch["decoder_task_ids"], self.runs.num_rows
+            batch, tokens, batch["decoder_task_ids"], self.runs.num_rows
         )
         if student.mixed is not None:
             names, rows = self.prompt.candidates, self.runs.num_rows

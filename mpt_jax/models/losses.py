@@ -17,7 +17,8 @@ without a forward pass. The total over groups g is
 with c = Objective.z_loss, lambda = Distillation.weight, and s = temperature^2 if t2_scale, else 1.
 Disabled terms are omitted. Equation (5) of the MPT paper has CE, KL and the hidden-state terms.
 
-Groups share no parameters, so summing over groups changes no group's gradient.
+Groups share no parameters, so summing over groups changes no group's gradient. `token_losses`
+computes the terms that read logits.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 from mpt_jax.core.batch import TEACHER_FEATURES, encoder_mask
 from mpt_jax.core.shapes import Array, Batch, Bool, Float, Int
 from mpt_jax.models.objective import Distillation, HasTerms, Objective  # gin files name them here
+from mpt_jax.models.token_losses import Head, TokenValues
 
 Sums = dict[str, Float[Array, " G"]]
 
@@ -72,7 +74,8 @@ class ModelOutputs:
     """Outputs of a forward pass that the losses use.
 
     Attributes:
-        logits: [B, L, V] float32; empty for teachers if no term reads their logits.
+        states: final decoder states [B, L, H], from which the head of the model computes logits;
+            None for the teacher outputs in a batch, which include the logits if they are used.
         encoder_hidden: selected encoder states, each [B, T, H]; empty unless they are distilled.
         decoder_hidden: selected decoder states, each [B, L, H]; empty unless they are distilled.
         prompts: the composed prompts [B, P, H]; in a packed batch, the prompt row at each slot
@@ -80,14 +83,16 @@ class ModelOutputs:
         mixed: mixture weights, for a method that mixes candidates.
     """
 
-    logits: Float[Array, "B L V"]
+    states: Float[Array, "B L H"] | None = None
     encoder_hidden: tuple[Array, ...] = ()
     decoder_hidden: tuple[Array, ...] = ()
     prompts: Float[Array, "B _ H"] | None = None
     mixed: MixtureWeights | None = None
 
 
-def teacher_features(distillation: Distillation, teacher: ModelOutputs) -> dict[str, Array]:
+def teacher_features(
+    distillation: Distillation, teacher: ModelOutputs, head: Head
+) -> dict[str, Array]:
     """Returns the teacher outputs that the KL and hidden-state terms use, as batch features.
 
     Returns:
@@ -98,7 +103,8 @@ def teacher_features(distillation: Distillation, teacher: ModelOutputs) -> dict[
     """
     features: dict[str, Array] = {}
     if distillation.logits:
-        features["teacher_logits"] = teacher.logits - teacher.logits.max(-1, keepdims=True)
+        logits = head(teacher.states)
+        features["teacher_logits"] = logits - logits.max(-1, keepdims=True)
     if distillation.hidden and distillation.encoder_weight:
         features["teacher_encoded"] = jnp.stack(teacher.encoder_hidden, axis=2)
     if distillation.hidden and distillation.decoder_weight:
@@ -112,9 +118,7 @@ def teacher_outputs_from_batch(batch: Batch) -> ModelOutputs | None:
         return None
     states = lambda x: () if x is None else tuple(x[:, :, i] for i in range(x.shape[2]))  # noqa: E731
     return ModelOutputs(
-        batch.get("teacher_logits", jnp.zeros((0, 0, 0))),
-        states(batch.get("teacher_encoded")),
-        states(batch.get("teacher_decoded")),
+        None, states(batch.get("teacher_encoded")), states(batch.get("teacher_decoded"))
     )
 
 
@@ -125,56 +129,31 @@ def group_sum(values: Array, groups: Int[Array, "..."], num_groups: int) -> Floa
     return jax.ops.segment_sum(values.ravel(), groups.ravel(), num_groups)
 
 
-def token_losses(
-    logits: Float[Array, "B L V"], targets: Int[Array, "B L"], label_smoothing: float = 0.0
-) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """Returns the cross entropy and squared log-partition of each target token, float32.
-
-    With label smoothing s, the target keeps a mass of 1 - s and the other V - 1 ids share s. The
-    entropy of this distribution is subtracted, so a perfect prediction costs zero, as in T5X.
-    """
-    logits = logits.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    losses = log_z - picked
-    if label_smoothing:
-        others = logits.shape[-1] - 1
-        keep, share = 1.0 - label_smoothing, label_smoothing / others
-        to_others = others * log_z - (logits.sum(-1) - picked)
-        entropy = -(keep * jnp.log(keep) + others * share * jnp.log(share))
-        losses = keep * losses + share * to_others - entropy
-    return losses, jnp.square(log_z)
-
-
-def kl_divergence(
-    teacher_logits: Float[Array, "B L V"], student_logits: Float[Array, "B L V"], temperature: float
-) -> Float[Array, "B L"]:
-    """Returns KL(teacher || student) over the vocabulary at each position, in nats, float32."""
-    teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
-    student = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
-    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-
-
 def term_sums(
     objective: Objective,
     batch: Batch,
     groups: GroupIds,
+    tokens: TokenValues,
     student: ModelOutputs,
     teacher: ModelOutputs | None,
 ) -> Sums:
     """Returns the sum [G] of every term of the objective over a batch.
 
+    Args:
+        objective: the objective that defines the terms.
+        batch: the batch contract's features.
+        groups: the group of every position.
+        tokens: the terms that read logits, from `token_values`.
+        student: the outputs of the student.
+        teacher: the outputs of the teachers; None without distillation.
+
     Raises:
         ValueError: the objective distills, and `teacher` is None.
     """
     weights = batch["decoder_loss_weights"].astype(jnp.float32)
-    losses, z_losses = token_losses(
-        student.logits, batch["decoder_target_tokens"], objective.label_smoothing
-    )
     by_token = lambda x: group_sum(x * weights, groups.decoder, groups.num_groups)  # noqa: E731
-    sums = {"cross_entropy": by_token(losses)}
-    if objective.z_loss:
-        sums["z_loss"] = by_token(z_losses)
+    terms = [term for term in objective.coefficients() if term in ("cross_entropy", "z_loss", "kl")]
+    sums = {term: by_token(tokens[term]) for term in terms}
     distillation = objective.distillation
     if distillation is None:
         return sums
@@ -184,9 +163,6 @@ def term_sums(
             "`teacher`, or leave Objective.distillation unset."
         )
     teacher = _stop_gradients(teacher)
-    if distillation.logits:
-        divergence = kl_divergence(teacher.logits, student.logits, distillation.temperature)
-        sums["kl"] = by_token(divergence)
     if distillation.hidden and distillation.encoder_weight:
         encoder = _squared_distance(teacher.encoder_hidden, student.encoder_hidden)
         mask = _distilled_positions(distillation, batch)

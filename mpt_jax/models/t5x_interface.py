@@ -15,6 +15,7 @@ from mpt_jax.core.batch import encoder_mask, is_packed, num_rows
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.models import decoding, losses
+from mpt_jax.models.token_losses import token_values
 from mpt_jax.prompts.base import PromptMethod
 
 
@@ -81,9 +82,9 @@ class T5XInterface:
             )
         if is_packed(batch):
             raise ValueError("Packed batches cannot be scored. Set DatasetConfig.pack = False.")
-        logits = self.forward(params, batch).logits
-        cross_entropy, _ = losses.token_losses(logits, batch["decoder_target_tokens"])
-        return -jnp.sum(cross_entropy * batch["decoder_loss_weights"], axis=-1)
+        states = self.forward(params, batch).states
+        tokens = token_values(losses.Objective(), batch, self.head(params), states)
+        return -jnp.sum(tokens["loss"] * batch["decoder_loss_weights"], axis=-1)
 
     def predict_batch(
         self, params: Params, batch: Batch, rng: Key | None = None, num_decodes: int | None = None

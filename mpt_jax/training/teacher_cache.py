@@ -315,7 +315,7 @@ def _teach(
     distil = model.objective.distillation
     assert distil is not None
     teacher = model.forward(frozen, batch, None, teacher=True, hidden=distil.hidden)
-    features = losses.teacher_features(distil, teacher)
+    features = losses.teacher_features(distil, teacher, model.head(frozen))
     return {name: x.astype(dtype) for name, x in features.items()}
 
 

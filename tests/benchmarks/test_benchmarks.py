@@ -13,6 +13,7 @@ import seqio
 import tensorflow as tf
 
 from benchmarks import (
+    chunked_losses,
     contest,
     figures,
     fleet,
@@ -312,6 +313,13 @@ def test_contestants_have_equal_losses(fused: bool) -> None:
     for kind in ragged_batches.KINDS:
         made = ragged_batches.KINDS[kind](given, P, len(given))
         assert ours_loss(ours, made) == pytest.approx(theirs.loss(), rel=1e-4), kind
+
+
+def test_chunked_losses_contestants_have_equal_gradients() -> None:
+    found = chunked_losses.compare("cross entropy and KL", 2, 128, 4_000, repeats=1)
+    assert 0 < found["temporaries_ratio"] < 0.5
+    assert found["largest_relative_difference"] < 1e-5
+    assert "| cross entropy and KL | 128 | 4,000 |" in chunked_losses.table([found])
 
 
 # --- Fleets --------------------------------------------------------------------------------------

@@ -385,7 +385,7 @@ def ours(backbone: Path, artifact: Path, rows: list[int], texts: dict) -> tuple:
         "decoder_input_tokens": jnp.asarray(texts["decoder_tokens"], jnp.int32),
     }
     tree = {**params, "prompt": read.params}
-    return model.forward(tree, batch).logits, model.predict_batch(tree, batch)
+    return model.logits(tree, batch), model.predict_batch(tree, batch)
 
 
 def texts() -> dict[str, np.ndarray]:

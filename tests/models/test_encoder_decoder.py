@@ -36,7 +36,7 @@ class Case:
         self.trainable, self.frozen = split(
             self.params, model.labels, trainable_labels(model, self.params)
         )
-        self.forward = jax.jit(model.forward)
+        self.logits = jax.jit(model.logits)
         self.predict = jax.jit(model.predict_batch_with_aux)
         self.score = jax.jit(model.score_batch)
         self._loss = jax.jit(jax.value_and_grad(self._total, has_aux=True))
@@ -139,7 +139,7 @@ def test_predict_batch_equals_teacher_forced_argmax(case):
     tokens = np.asarray(tokens)
     assert tokens.shape == case.batch["decoder_target_tokens"].shape
     shifted = np.pad(tokens[:, :-1], ((0, 0), (1, 0)))
-    logits = case.forward(case.params, {**case.batch, "decoder_input_tokens": shifted}).logits
+    logits = case.logits(case.params, {**case.batch, "decoder_input_tokens": shifted})
     ended = np.cumsum(shifted == tiny.EOS, axis=1) > 0
     expected = np.where(ended, 0, np.argmax(logits, -1))
     np.testing.assert_array_equal(tokens, expected)
@@ -157,7 +157,7 @@ def test_predict_batch_ignores_targets(case):
 
 def test_score_batch_is_log_probability_of_targets(case):
     found = case.score(case.params, case.batch)
-    logits = np.asarray(case.forward(case.params, case.batch).logits, np.float64)
+    logits = np.asarray(case.logits(case.params, case.batch), np.float64)
     for i, weights in enumerate(case.batch["decoder_loss_weights"]):
         expected = 0.0
         for position in np.flatnonzero(weights):
@@ -174,7 +174,7 @@ def test_artifact_round_trip_same_logits(case, tmp_path):
     assert read.method.name == case.model.prompt.name
     again = {**case.params, **({"prompt": read.params} if prompt else {})}
     np.testing.assert_array_equal(
-        case.forward(again, case.batch).logits, case.forward(case.params, case.batch).logits
+        case.logits(again, case.batch), case.logits(case.params, case.batch)
     )
 
 
@@ -190,8 +190,8 @@ def test_mpt_unit_factors_equal_prompt_tuning(mpt):
     params.pop("teacher")
     student = {**mpt.params, "prompt": {"shared": prompt["shared"], **ones}}
     np.testing.assert_allclose(
-        mpt.forward(student, mpt.batch).logits,
-        jax.jit(plain.forward)(params, mpt.batch).logits,
+        mpt.logits(student, mpt.batch),
+        jax.jit(plain.logits)(params, mpt.batch),
         atol=1e-6,
     )
 
@@ -210,10 +210,10 @@ def test_forward_uses_prompt_of_each_examples_task(mpt):
     swap = np.array([1, 0, 2], np.int32)
     other = {k: swap[v] if k.endswith("task_ids") else v for k, v in mpt.batch.items()}
     prompt = {name: leaf[swap] for name, leaf in mpt.params["prompt"].items()}
-    before = np.asarray(mpt.forward(mpt.params, mpt.batch).logits)
-    both = mpt.forward({**mpt.params, "prompt": prompt}, other).logits
+    before = np.asarray(mpt.logits(mpt.params, mpt.batch))
+    both = mpt.logits({**mpt.params, "prompt": prompt}, other)
     np.testing.assert_array_equal(both, before)
-    moved = np.abs(np.asarray(mpt.forward(mpt.params, other).logits) - before).max((1, 2))
+    moved = np.abs(np.asarray(mpt.logits(mpt.params, other)) - before).max((1, 2))
     assert mpt.batch["encoder_task_ids"][:, 0].tolist() == [2, 0, 1, 0]
     assert moved[0] == 0 and (moved[1:] > 1e-3).all()
 
@@ -277,7 +277,7 @@ def test_loss_normalizers_add_up_over_parts_of_batch(mpt):
 
 
 def test_loss_metric_excludes_label_smoothing(mpt):
-    """`losses.token_losses` itself is checked in float64 by test_losses.py."""
+    """`token_losses.values_of_logits` itself is checked in float64 by test_token_losses.py."""
     plain, smoothed = (
         tiny.model(APART, objective=Objective(label_smoothing=smoothing))
         for smoothing in (0.0, 0.3)
@@ -380,7 +380,7 @@ class Prefixes:
         inputs = np.zeros_like(self.case.batch["decoder_input_tokens"])
         inputs[example, 1 : len(prefix) + 1] = prefix
         batch = {**self.case.batch, "decoder_input_tokens": inputs}
-        logits = np.asarray(self.case.forward(self.case.params, batch).logits, np.float64)
+        logits = np.asarray(self.case.logits(self.case.params, batch), np.float64)
         logits = logits[example, len(prefix)]
         return logits - np.log(np.exp(logits).sum())
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.models import metrics
+from mpt_jax.models import metrics, token_losses
 from mpt_jax.models.metrics import Metric
 from tests.fixtures import tiny
 
@@ -19,7 +19,9 @@ def test_task_metrics_count_loss_and_accuracy_by_token():
     logits[np.arange(5), 0, hits] += 9  # so that some tokens are right
     found = metrics.task_metrics(
         tiny.arrays(batch),
-        jnp.asarray(logits, jnp.float32),
+        token_losses.values_of_logits(
+            jnp.asarray(logits, jnp.float32), jnp.asarray(batch["decoder_target_tokens"])
+        ),
         jnp.asarray(batch["decoder_task_ids"]),
         3,
     )

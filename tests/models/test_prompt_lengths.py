@@ -93,15 +93,15 @@ def test_feature_converter_invalid_prompt_lengths_raise(lengths):
 
 @functools.cache
 def program_alone(name: str):
-    """Returns a model of a single run with exactly its prompt length, and its forward pass."""
+    """Returns a model of a single run with exactly its prompt length, and its logits."""
     alone = tiny.model(Runs([name]), method(PRIVATE[name]))
-    return alone, jax.jit(alone.forward)
+    return alone, jax.jit(alone.logits)
 
 
 def logits_alone(params, example) -> np.ndarray:
     """Returns the logits of one example from a model and converter of its run only."""
     name = RUNS.run_names[example.row]
-    alone, forward = program_alone(name)
+    alone, logits = program_alone(name)
     prompt = {
         "sources": params["prompt"]["sources"],
         "router": params["prompt"]["router"][example.row][None],
@@ -111,7 +111,7 @@ def logits_alone(params, example) -> np.ndarray:
     convert = PromptFeatureConverter(alone.prompt.prompt_length, alone.runs)
     (row,) = rows_of(convert(dataset, {"inputs": TEXT, "targets": TARGETS}))
     batch = {name: np.asarray([value], np.int32) for name, value in row.items()}
-    found = forward(params | {"prompt": prompt}, tiny.arrays(batch)).logits[0]
+    found = logits(params | {"prompt": prompt}, tiny.arrays(batch))[0]
     return np.asarray(found)[: len(example.targets)]
 
 
@@ -123,7 +123,7 @@ def test_forward_variable_lengths_logits_equal_alone(packed, mixed, alone):
         assert len(batch["encoder_input_tokens"]) < len(MADE)
     else:
         batch = collate.unpacked(MADE, OWN, TEXT, TARGETS)
-    found = np.asarray(jax.jit(model.forward)(params, tiny.arrays(batch)).logits)
+    found = np.asarray(jax.jit(model.logits)(params, tiny.arrays(batch)))
     segments = batch.get("decoder_segment_ids", batch["decoder_loss_weights"])
     unseen: list[np.ndarray | None] = list(alone)
     for row, numbers in enumerate(segments):

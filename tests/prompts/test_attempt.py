@@ -349,6 +349,7 @@ class Mixed:
             self.params, self.model.labels, trainable_labels(self.model, self.params)
         )
         self.forward = jax.jit(self.model.forward)
+        self.logits = jax.jit(self.model.logits)
         self.losses = jax.jit(jax.value_and_grad(self._total, has_aux=True))
 
     def _total(self, trainable, frozen, batch):
@@ -422,8 +423,8 @@ def test_attempt_more_padding_same_loss_and_logits(mixed):
     }
     tiny.close(mixed.loss(wider)[:2], mixed.loss(mixed.batch)[:2], 1e-5)
     np.testing.assert_allclose(
-        mixed.forward(mixed.params, wider).logits,
-        mixed.forward(mixed.params, mixed.batch).logits,
+        mixed.logits(mixed.params, wider),
+        mixed.logits(mixed.params, mixed.batch),
         1e-5,
         1e-5,
     )
@@ -531,5 +532,5 @@ def test_attempt_artifact_same_logits(mixed, tmp_path):
     read = tiny.read_back(tmp_path / "artifact", method, params, mixed.runs)
     assert read.method.candidates == mixed.method.candidates
     again = tiny.model(read.runs, read.method)
-    found = jax.jit(again.forward)({**mixed.params, "prompt": read.params}, mixed.batch).logits
-    np.testing.assert_array_equal(found, mixed.forward(mixed.params, mixed.batch).logits)
+    found = jax.jit(again.logits)({**mixed.params, "prompt": read.params}, mixed.batch)
+    np.testing.assert_array_equal(found, mixed.logits(mixed.params, mixed.batch))

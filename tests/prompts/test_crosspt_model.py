@@ -52,6 +52,7 @@ class Mixed:
             self.params, self.model.labels, trainable_labels(self.model, self.params)
         )
         self.forward = jax.jit(self.model.forward)
+        self.logits = jax.jit(self.model.logits)
         self.losses = jax.jit(jax.value_and_grad(self._total))
 
     def _params(self):
@@ -242,8 +243,8 @@ def test_crosspt_artifact_same_logits(mixed, tmp_path):
     method, params = mixed.method.for_inference(mixed.params["prompt"])
     read = tiny.read_back(tmp_path / "artifact", method, params, mixed.runs)
     again = tiny.model(read.runs, read.method)
-    found = jax.jit(again.forward)({**mixed.params, "prompt": read.params}, mixed.unpacked()).logits
-    before = mixed.forward(mixed.params, mixed.unpacked()).logits
+    found = jax.jit(again.logits)({**mixed.params, "prompt": read.params}, mixed.unpacked())
+    before = mixed.logits(mixed.params, mixed.unpacked())
     np.testing.assert_allclose(found, before, 1e-5, 1e-5)
 
 

@@ -264,10 +264,10 @@ def test_scanned_layers_same_checkpoint_same_predictions(backbone, tmp_path):
         params = initialize_params(greedy, Origins(path), KEY).params
         assert is_stacked(params) == scan_layers
         every = functools.partial(beams.predict_batch_with_aux, return_all_decodes=True)
-        run = jax.jit(lambda *x, g=greedy, e=every: (g.forward(*x), g.predict_batch(*x), e(*x)))
+        run = jax.jit(lambda *x, g=greedy, e=every: (g.logits(*x), g.predict_batch(*x), e(*x)))
         found[scan_layers] = run(params, batch)
-    (logits, greedy, (tokens, scores)), (outputs, again, beams) = found[False], found[True]
-    np.testing.assert_allclose(outputs.logits, logits.logits, atol=1e-5)
+    (logits, greedy, (tokens, scores)), (logits_again, again, beams) = found[False], found[True]
+    np.testing.assert_allclose(logits_again, logits, atol=1e-5)
     np.testing.assert_array_equal(again, greedy)
     np.testing.assert_array_equal(beams[0], tokens)
     np.testing.assert_allclose(beams[1]["scores"], scores["scores"], atol=1e-5)

@@ -124,8 +124,9 @@ def test_teacher_features_bfloat16_logits_precise_near_largest():
     """T5's logits are all far from zero; those of likely tokens are near the largest."""
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(2, 3, 50)) * 5 - 40).astype(np.float32)
+    distillation, same = Distillation(hidden=False), lambda states: states
     teacher = losses.ModelOutputs(jnp.asarray(logits))
-    made = losses.teacher_features(Distillation(hidden=False), teacher)["teacher_logits"]
+    made = losses.teacher_features(distillation, teacher, same)["teacher_logits"]
     kept = np.asarray(made.astype(jnp.bfloat16), np.float64)
     exact = logits - logits.max(-1, keepdims=True).astype(np.float64)
     assert (np.abs(kept - exact) <= np.abs(exact) / 256).all()

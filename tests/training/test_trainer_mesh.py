@@ -13,6 +13,7 @@ from mpt_jax.training.trainer import Trainer
 from tests.fixtures import tiny
 
 STEPS, TOLERANCE = 5, 1e-5
+TARGETS = 20  # more than one chunk of the losses over the vocabulary
 MESHES = {
     "data 8": {"num_partitions": 1},
     "model 8": {"num_partitions": 8},
@@ -38,10 +39,11 @@ def train(partitioner: PjitPartitioner) -> tuple[list[dict[str, float]], dict, T
     found = []
     for seed in range(STEPS):
         rows = np.random.default_rng(seed).integers(0, 3, 8).tolist()
-        trainer.train(tiny.batch(rows, seed=seed))
+        trainer.train(tiny.batch(rows, seed=seed, targets=TARGETS))
         found.append(trainer.read_metrics())
     assert trainer._train_step._cache_size() == 1, "a step was compiled again"
-    found.append(trainer.evaluate([tiny.batch([0, 1, 2, None, 2, 1, 0, 0], seed=99)]))
+    last = tiny.batch([0, 1, 2, None, 2, 1, 0, 0], seed=99, targets=TARGETS)
+    found.append(trainer.evaluate([last]))
     return found, to_host(trainer.state.trainable), trainer
 
 

@@ -1,4 +1,4 @@
-"""T5 encoder-decoder: embeddings and masks in, logits and hidden states out.
+"""T5 encoder-decoder: embeddings and masks in, hidden states and logits out.
 
 The network does not handle prompts. A caller that uses prompts embeds the tokens with `embed`,
 inserts the prompt rows, and passes the embeddings and a mask to `encode`.
@@ -7,7 +7,6 @@ inserts the prompt rows, and passes the embeddings and a mask to `encode`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -195,9 +194,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The stack of decoder layers, the final norm, and the logits."""
+    """The stack of decoder layers and the final norm. It also holds the head's parameters, except a
+    tied embedding; `Transformer.logits` uses them."""
 
     config: T5Config
+
+    def setup(self) -> None:
+        if not self.config.logits_via_embedding:
+            self.logits_dense = layers.OutputProjection(self.config)
+        if self.config.biases:
+            self.logits_bias = layers.LogitsBias(self.config)
 
     @nn.compact
     def __call__(  # noqa: PLR0913 -- called only by Transformer
@@ -210,8 +216,7 @@ class Decoder(nn.Module):
         deterministic: bool,
         collect: bool,
         cache_length: int | None,
-        tied_logits: Callable[[jax.Array], jax.Array] | None,
-    ) -> tuple[Float[Array, "B L V"], Hidden]:
+    ) -> tuple[Float[Array, "B L H"], Hidden]:
         cfg = self.config
         bias, self_mask, cache_index = self._causal(y.shape[1], decoder_segment_ids, cache_length)
         ids = (decoder_segment_ids, encoder_segment_ids)
@@ -226,13 +231,7 @@ class Decoder(nn.Module):
         )
         y = layers.LayerNorm(cfg, name="decoder_norm")(y)
         y = layers.Dropout(cfg, deterministic)(y)
-        if tied_logits is not None:
-            logits = tied_logits(y)
-        else:
-            logits = layers.OutputProjection(cfg, name="logits_dense")(y)
-        if cfg.biases:
-            logits = layers.LogitsBias(cfg, name="logits_bias")(logits)
-        return logits, (embedded, *inner[:-1], y)
+        return y, (embedded, *inner[:-1], y)
 
     def _causal(
         self, length: int, segment_ids: jax.Array | None, cache_length: int | None
@@ -327,7 +326,7 @@ class Transformer(nn.Module):
         encoded, hidden = self.encoder(x, mask, segment_ids, deterministic, return_hidden)
         return (encoded, hidden) if return_hidden else encoded
 
-    def decode(  # noqa: PLR0913 -- T5X's arguments, all except three by keyword
+    def decode_states(  # noqa: PLR0913 -- all except three by keyword
         self,
         encoded: Float[Array, "B T H"],
         encoder_mask: Bool[Array, "B T"],
@@ -339,13 +338,13 @@ class Transformer(nn.Module):
         decode: bool = False,
         max_decode_length: int | None = None,
         return_hidden: bool = False,
-    ) -> Float[Array, "B L V"] | tuple[Float[Array, "B L V"], Hidden]:
+    ) -> Float[Array, "B L H"] | tuple[Float[Array, "B L H"], Hidden]:
         """Runs the decoder over whole sequences, or step by step with a cache.
 
         With `decode=True` and `cache` mutable, a call without a cache creates one for
         `max_decode_length` positions and computes the keys and values of `encoded`. It returns
         the uncached result and does not store its tokens. Every further call appends its tokens
-        and returns their logits.
+        and returns their states.
 
         Args:
             encoded: the result of `encode`.
@@ -361,7 +360,8 @@ class Transformer(nn.Module):
             return_hidden: whether to also return the hidden states, as in `encode`.
 
         Returns:
-            The logits `[B,L,V]` in float32, or `(logits, hidden states)`.
+            The final output `[B,L,H]`, from which `logits` computes logits, or `(output, hidden
+            states)`.
 
         Raises:
             ValueError: `decode=True` with packed rows, or without `max_decode_length`.
@@ -376,8 +376,7 @@ class Transformer(nn.Module):
                 "Packed rows cannot be decoded, but segment ids were given. Convert the examples "
                 "with pack=False, and omit the segment ids."
             )
-        tied = self.token_embedder.attend if self.config.logits_via_embedding else None
-        logits, hidden = self.decoder(
+        states, hidden = self.decoder(
             self.embed(decoder_input_tokens),
             encoded,
             encoder_mask,
@@ -386,9 +385,30 @@ class Transformer(nn.Module):
             deterministic,
             return_hidden,
             max_decode_length if decode else None,
-            tied,
         )
-        return (logits, hidden) if return_hidden else logits
+        return (states, hidden) if return_hidden else states
+
+    def logits(self, states: Float[Array, "B L H"]) -> Float[Array, "B L V"]:
+        """Returns the logits of final decoder states, in float32."""
+        tied = self.config.logits_via_embedding
+        logits = self.token_embedder.attend(states) if tied else self.decoder.logits_dense(states)
+        return self.decoder.logits_bias(logits) if self.config.biases else logits
+
+    def decode(
+        self,
+        encoded: Float[Array, "B T H"],
+        encoder_mask: Bool[Array, "B T"],
+        decoder_input_tokens: Int[Array, "B L"],
+        *,
+        return_hidden: bool = False,
+        **settings: Any,
+    ) -> Float[Array, "B L V"] | tuple[Float[Array, "B L V"], Hidden]:
+        """Returns the logits of `decode_states`, which has the same arguments, or `(logits, hidden
+        states)`."""
+        states: Any = self.decode_states(
+            encoded, encoder_mask, decoder_input_tokens, return_hidden=return_hidden, **settings
+        )
+        return (self.logits(states[0]), states[1]) if return_hidden else self.logits(states)
 
     def __call__(
         self,
