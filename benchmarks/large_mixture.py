@@ -112,7 +112,7 @@ def _megabytes() -> float:
 
 
 def in_a_process(cache: Path, scale: float) -> dict[str, float]:
-    """Returns what `start` returns in a process of its own, with the token cache in a folder.
+    """Returns what `start` returns in a separate process, with the token cache in a folder.
 
     Raises:
         CalledProcessError: the process failed.
