@@ -307,6 +307,15 @@ def test_scores_by_step_with_several_evaluations_are_drawn(root, demo):
     assert "mean score by step, k = 32. At the last step: PT 30." in alts
 
 
+def test_scores_of_ended_runs_stay_until_the_end_of_the_job(tmp_path):
+    for name, steps in (("rte_s0", (0, 50, 100)), ("rte_s1", (0, 50))):
+        lines = [{"step": step, "accuracy": 1.0 + step} for step in steps]
+        write_lines(tmp_path / "inference_eval" / f"{name}-metrics.jsonl", lines)
+    assert run_reader.scores(tmp_path) == [
+        {0: 1.0, 50: 51.0, 100: 101.0}, {0: 1.0, 50: 51.0, 100: 51.0},
+    ]  # fmt: skip
+
+
 def test_target_prompts_show_reference_method(root, demo):
     runs = Runs(("toy_rte", "toy_rte"), ("s0", "s1"), "independent")
     table = np.stack([np.ones((P, H)), np.ones((P, H))])

@@ -123,11 +123,18 @@ def last(model_dir: Path) -> dict[str, float]:
 
 
 def scores(model_dir: Path) -> list[Curve]:
-    """Returns one curve of the main metric for each run."""
-    return [
+    """Returns one curve of the main metric for each run. All curves of a job have the same steps:
+    an ended run is not evaluated again, and keeps its last score."""
+    curves = [
         {step: scores[main_metric(scores)] for step, scores in by_step.items()}
         for by_step in evaluations(model_dir).values()
     ]
+    steps = sorted(set().union(*curves))
+    for curve in curves:
+        if curve:
+            last = max(curve)
+            curve.update({step: curve[last] for step in steps if step > last})
+    return curves
 
 
 def evaluations(model_dir: Path) -> dict[str, dict[int, dict[str, float]]]:
