@@ -80,6 +80,7 @@ ROWS = (
     Row("t5_1_0_base", "v5e:4x4", 32, stage=SOURCE, dropout=0.1),
     Row("t5_1_0_large", "v5e:4x4", 16),
     Row("t5_1_1_base", "v5e:4x4", 32),
+    Row("t5_1_1_base", "v6e:2x4", 32),
     Row("t5_1_0_base", "v5p:2x2x1", 32),
     Row("t5_1_0_base", "v5e:4x4", 32, step="eval"),
     Row("t5_1_0_base", "v5e:4x4", 32, step="predict"),

@@ -357,7 +357,7 @@ def test_plan_table_figures_follow_from_counts_and_chips():
     v6e = [row["needs"] for row in found.values() if row["topology"].startswith("v6e")]
     for needs in v6e:  # 1,638 GB/s
         assert needs["accessed_seconds"] == pytest.approx(needs["accessed_bytes"] / 1638e9)
-    assert len(v6e) == 3
+    assert len(v6e) == 4
     rows = plan_table.ordered(found)
     assert len(rows) == len(plan_table.ROWS)
     assert plan_table.table(rows) in (ROOT / "docs" / "tpu-planning.md").read_text()

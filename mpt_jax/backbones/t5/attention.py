@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mpt_jax.backbones.t5 import fused_attention as fused
-from mpt_jax.backbones.t5 import layers
+from mpt_jax.backbones.t5 import layers, tpu_kernels
 from mpt_jax.backbones.t5.config import T5Config
 from mpt_jax.backbones.t5.low_memory_ops import masked_softmax
 from mpt_jax.core.shapes import Array, Bool, Float, Int
@@ -99,19 +99,19 @@ class Attention(nn.Module):
         and the heads must split evenly over devices.
         """
         cfg = self.config
-        enabled = fused.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
+        enabled = tpu_kernels.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
         return (
             enabled
             and self.cache == "none"
             and not cfg.biases
-            and cfg.num_heads % fused.shards_of_heads() == 0
+            and cfg.num_heads % tpu_kernels.shards_of("heads") == 0
         )
 
     def _uses_encoder_output_directly(self, x: jax.Array, memory: jax.Array) -> bool:
         """Whether `_over_memory` fits in VMEM and takes fewer operations, forward and backward,
         than computing keys and values. It does if targets are short."""
         cfg = self.config
-        queries = cfg.num_heads // fused.shards_of_heads() * x.shape[1]
+        queries = cfg.num_heads // tpu_kernels.shards_of("heads") * x.shape[1]
         fits = fused.over_memory_fits(
             queries, memory.shape[1], cfg.emb_dim, jnp.dtype(cfg.dtype).itemsize
         )
@@ -137,15 +137,17 @@ class Attention(nn.Module):
         """Computes self-attention with one matrix product for queries, keys and values. The kernel
         reads its result without a transpose."""
         cfg = self.config
-        heads = fused.Heads.of(cfg.num_heads // fused.shards_of_heads(), cfg.head_dim, x.shape[1])
+        heads = fused.Heads.of(
+            cfg.num_heads // tpu_kernels.shards_of("heads"), cfg.head_dim, x.shape[1]
+        )
         joined = x @ heads.join(self._kernels())
         if self._drops:
             joined = heads.scale_values(joined, self._kept_keys(*x.shape[:2]))
         joined = layers.constrain(joined, "batch", "length", "joined_kv")
-        attend = lambda *arrays: fused.self_attention(*arrays, heads, not fused.on_tpu())  # noqa: E731
+        attend = lambda *arrays: fused.self_attention(*arrays, heads, not tpu_kernels.on_tpu())  # noqa: E731
         columns, rows = ("batch", "length", "joined_kv"), ("batch", "length")
         axes = (columns, ("heads", None, None), (rows, rows))
-        return fused.over_mesh(attend, (joined, bias[0], segments), axes, columns)
+        return tpu_kernels.over_mesh(attend, (joined, bias[0], segments), axes, columns)
 
     def _over_memory(
         self,
@@ -166,12 +168,12 @@ class Attention(nn.Module):
         query, key, value = map(by_head, (x @ to_query, *others))
         onto = jnp.einsum("bqnd,hnd->bnqh", query, key)
         onto = onto.reshape(x.shape[0], -1, cfg.emb_dim)
-        attend = lambda *arrays: fused.cross_attention(*arrays, not fused.on_tpu())  # noqa: E731
+        attend = lambda *arrays: fused.cross_attention(*arrays, not tpu_kernels.on_tpu())  # noqa: E731
         # Axis 1 has the heads, and within each head the query positions.
         queries, whole = ("batch", "heads", None), ("batch", "length", None)
         axes = (queries, whole, (queries[:2], whole[:2]))
         head_segments = (jnp.tile(segments[0], (1, cfg.num_heads)), segments[1])
-        context = fused.over_mesh(attend, (onto, memory, head_segments), axes, queries)
+        context = tpu_kernels.over_mesh(attend, (onto, memory, head_segments), axes, queries)
         context = context.reshape(x.shape[0], cfg.num_heads, x.shape[1], cfg.emb_dim)
         return jnp.einsum("bnqh,hnd->bqnd", context, value).reshape(*x.shape[:2], -1)
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from mpt_jax.backbones.t5 import hf_config
+from mpt_jax.backbones.t5.activations import ACTIVATIONS
 
-ACTIVATIONS = ("relu", "gelu", "silu", "linear")
 # Fields that give sizes.
 SIZES = (
     "vocab_size",
@@ -51,6 +51,9 @@ class T5Config:
         fused_attention: whether to use attention kernels that keep scores in on-chip memory (see
             `fused_attention.py`). None uses them only on TPUs. On other backends, True runs them in
             interpreted mode, for tests.
+        fused_mlp: whether to use a kernel that keeps the inner products of a gated feed-forward
+            block in on-chip memory (see `fused_mlp.py`). None uses it only on v5e and v6e. On other
+            backends than TPUs, True runs it in interpreted mode, for tests.
         relative_attention_num_buckets: the number of buckets in the relative position table.
         relative_attention_max_distance: the distance from which on all positions share one bucket.
         relative_bias_per_layer: whether every layer has a separate relative position table (umT5,
@@ -81,6 +84,7 @@ class T5Config:
     logits_via_embedding: bool = False
     float32_attention_logits: bool = False
     fused_attention: bool | None = None
+    fused_mlp: bool | None = None
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     relative_bias_per_layer: bool = False

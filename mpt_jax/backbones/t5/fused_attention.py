@@ -16,25 +16,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.linen import partitioning
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mpt_jax.backbones.t5.low_memory_ops import MASKED, masked_softmax
+from mpt_jax.backbones.t5.tpu_kernels import LANES, VMEM_LIMIT_BYTES, product
 from mpt_jax.core.shapes import Array, Float, Int
 
-LANES = 128  # a block's last axis is a multiple of this, or the whole axis
 # Most scores of a head (float32, 4 MiB: 1024 x 1024); the backward pass has four such arrays.
 MOST_SCORES = 1 << 20
 MOST_BIAS_BYTES = 8 << 20
-VMEM_LIMIT_BYTES = 64 << 20
-# v5e, v5p and v6e have at least twice the limit. v4 has 16 MiB. Others have not been tried.
-WITH_LARGE_VMEM = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
 
 
 class Heads(NamedTuple):
@@ -102,58 +97,6 @@ def over_memory_fits(queries: int, length: int, width: int, itemsize: int) -> bo
     return scores + sums + blocks <= 3 * VMEM_LIMIT_BYTES // 4
 
 
-def on_tpu() -> bool:
-    """Whether the traced program is for TPUs that the kernels support, attached or not.
-
-    Without a mesh from `jax.set_mesh`, which T5X does not call, this is False if there are several
-    devices, since the kernels could not be split over them.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        single_tpu = jax.default_backend() == "tpu" and jax.device_count() == 1
-        return single_tpu and jax.devices()[0].device_kind in WITH_LARGE_VMEM
-    return device.device_kind in WITH_LARGE_VMEM
-
-
-def over_mesh(
-    function: Callable[..., Any],
-    arrays: tuple[Any, ...],
-    axes: tuple[Any, ...],
-    out: tuple[str | None, ...],
-) -> jax.Array:
-    """Runs a function on each device, on the rows and heads that are local to the device.
-
-    Args:
-        function: the function, called with the local part of each array.
-        arrays: the arguments of the function.
-        axes: the logical axes of each argument, in a tree with the structure of `arrays`.
-        out: the logical axes of the result.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function(*arrays)
-    is_axes = lambda x: isinstance(x, tuple) and not isinstance(x[0], tuple)  # noqa: E731
-    specs = jax.tree.map(partitioning.logical_to_mesh_axes, axes, is_leaf=is_axes)
-    run = jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=partitioning.logical_to_mesh_axes(out),
-        check_vma=False,  # varying axes are not tracked through a kernel
-    )
-    return run(*arrays)
-
-
-def shards_of_heads() -> int:
-    """Returns the number of devices that the heads of one example are split over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return 1
-    spec = partitioning.logical_to_mesh_axes(("heads",))
-    names = () if not spec or spec[0] is None else spec[0]
-    return math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names))
-
-
 # --- Self-attention ------------------------------------------------------------------------------
 
 
@@ -210,7 +153,7 @@ def _self_forward_kernel(joined, query_segments, key_segments, bias, out, *, hea
     for n in range(heads.in_block):
         q, k, v = (joined[_columns(heads, part, n)] for part in range(3))
         p = _probabilities(q, k, bias[n], allowed)
-        out[_columns(heads, 0, n)] = _product(p.astype(v.dtype), v, 1, 0).astype(out.dtype)
+        out[_columns(heads, 0, n)] = product(p.astype(v.dtype), v, 1, 0).astype(out.dtype)
 
 
 def _self_backward_kernel(joined, slope, query_segments, key_segments, bias, out, *, heads):
@@ -219,11 +162,11 @@ def _self_backward_kernel(joined, slope, query_segments, key_segments, bias, out
         q, k, v = (joined[_columns(heads, part, n)] for part in range(3))
         p = _probabilities(q, k, bias[n], allowed)
         d_out = slope[_columns(heads, 0, n)]
-        d_s = _slope_of_scores(p, _product(d_out, v, 1, 1)).astype(q.dtype)
+        d_s = _slope_of_scores(p, product(d_out, v, 1, 1)).astype(q.dtype)
         grads = (
-            _product(d_s, k, 1, 0),
-            _product(d_s, q, 0, 0),
-            _product(p.astype(v.dtype), d_out, 0, 0),
+            product(d_s, k, 1, 0),
+            product(d_s, q, 0, 0),
+            product(p.astype(v.dtype), d_out, 0, 0),
         )
         for part, x in enumerate(grads):
             out[_columns(heads, part, n)] = x.astype(out.dtype)
@@ -297,16 +240,16 @@ def _memory_forward(query, memory, segments, interpret):
 def _memory_forward_kernel(query, memory, query_segments, key_segments, out):
     allowed = query_segments[0] == key_segments[0]
     p = _probabilities(query[0], memory[0], None, allowed)
-    out[0] = _product(p.astype(memory.dtype), memory[0], 1, 0).astype(out.dtype)
+    out[0] = product(p.astype(memory.dtype), memory[0], 1, 0).astype(out.dtype)
 
 
 def _memory_backward_kernel(query, memory, slope, query_segments, key_segments, d_q, d_m):
     allowed = query_segments[0] == key_segments[0]
     p = _probabilities(query[0], memory[0], None, allowed)
-    d_s = _slope_of_scores(p, _product(slope[0], memory[0], 1, 1)).astype(query.dtype)
-    d_q[0] = _product(d_s, memory[0], 1, 0).astype(d_q.dtype)
-    through_values = _product(p.astype(memory.dtype), slope[0], 0, 0)
-    d_m[0] = (through_values + _product(d_s, query[0], 0, 0)).astype(d_m.dtype)
+    d_s = _slope_of_scores(p, product(slope[0], memory[0], 1, 1)).astype(query.dtype)
+    d_q[0] = product(d_s, memory[0], 1, 0).astype(d_q.dtype)
+    through_values = product(p.astype(memory.dtype), slope[0], 0, 0)
+    d_m[0] = (through_values + product(d_s, query[0], 0, 0)).astype(d_m.dtype)
 
 
 def _memory_forward_rule(query, memory, segments, interpret):
@@ -337,7 +280,7 @@ def _columns(heads: Heads, part: int, n: int) -> tuple[Any, ...]:
 
 def _probabilities(q, k, bias, allowed):
     """Returns the attention probabilities of one head: [Q,D], [M,D] -> [Q,M] float32."""
-    scores = _product(q, k, 1, 1)
+    scores = product(q, k, 1, 1)
     if bias is not None:
         scores = scores + bias
     scores = scores + jnp.where(allowed, 0.0, MASKED)
@@ -347,11 +290,6 @@ def _probabilities(q, k, bias, allowed):
 
 def _slope_of_scores(p, d_p):
     return p * (d_p - jnp.sum(p * d_p, axis=-1, keepdims=True))
-
-
-def _product(a, b, axis_a, axis_b):
-    dimensions = (((axis_a,), (axis_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def _run_blocks(kernel, arrays, bias, segments, outputs, heads, inner, interpret) -> Any:

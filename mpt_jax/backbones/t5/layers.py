@@ -8,9 +8,7 @@ one per layer).
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Callable
 
 import jax
@@ -19,6 +17,8 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 
+from mpt_jax.backbones.t5 import fused_mlp, tpu_kernels
+from mpt_jax.backbones.t5.activations import activated
 from mpt_jax.backbones.t5.config import T5Config
 from mpt_jax.backbones.t5.low_memory_ops import over_rows, rms_norm
 from mpt_jax.core.shapes import Array, Float, Int
@@ -242,28 +242,56 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
         cfg = self.config
+        if self._uses_kernel(x.shape[1]):
+            return self._by_kernel(x)
         names = [f"wi_{i}" for i in range(len(cfg.mlp_activations))]
         if len(names) == 1:
-            names, activate = ["wi"], _activated
+            names, activate = ["wi"], activated
         else:
             # The backward pass of a gate needs its inputs in any case, so only they are stored.
-            activate = jax.checkpoint(_activated, static_argnums=0)
+            activate = jax.checkpoint(activated, static_argnums=0)
         inner = [Dense(cfg.mlp_dim, ("embed", "mlp"), cfg, name=name)(x) for name in names]
         hidden = activate(cfg.mlp_activations, *inner)
         hidden = Dropout(cfg, self.deterministic)(hidden)
         hidden = constrain(hidden, "batch", "length", "mlp")
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg, name="wo")(hidden)
 
+    def _uses_kernel(self, length: int) -> bool:
+        """Whether the kernel of `fused_mlp` can be used for rows of this length.
 
-def _activated(names: tuple[str, ...], *inner: jax.Array) -> jax.Array:
-    """Returns the product of the activations, one per input projection."""
-    activated = (_ACTIVATIONS[name](x) for name, x in zip(names, inner, strict=True))
-    return functools.reduce(operator.mul, activated)
+        It must be enabled (by default, on TPUs that it makes faster), the block must be gated and
+        without biases, and every device must have the whole weights.
+        """
+        cfg = self.config
+        faster = tpu_kernels.on_tpu(fused_mlp.BOUND_BY_MEMORY)
+        enabled = faster if cfg.fused_mlp is None else cfg.fused_mlp
+        return (
+            enabled
+            and len(cfg.mlp_activations) == 2
+            and not cfg.biases
+            and tpu_kernels.shards_of("mlp") == 1
+            and fused_mlp.fits(length, cfg.emb_dim, cfg.mlp_dim, jnp.dtype(cfg.dtype).itemsize)
+        )
 
-
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),
-    "silu": jax.nn.silu,
-    "linear": lambda x: x,
-}
+    def _by_kernel(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        cfg = self.config
+        into, out = (cfg.emb_dim, cfg.mlp_dim), (cfg.mlp_dim, cfg.emb_dim)
+        shapes = {"wi_0": into, "wi_1": into, "wo": out}
+        axes = {into: ("embed", "mlp"), out: ("mlp", "embed")}
+        matrices = tuple(
+            Kernel(shape, axes[shape], cfg, _truncated_fan_in, name=name)()
+            for name, shape in shapes.items()
+        )
+        kept = None
+        if cfg.dropout_rate > 0 and not self.deterministic:
+            ones = jnp.ones((x.shape[0], 1, cfg.mlp_dim), jnp.float32)
+            kept = Dropout(cfg, self.deterministic)(ones)
+        apply = lambda *arrays: fused_mlp.gated_mlp(  # noqa: E731
+            *arrays, cfg.mlp_activations, not tpu_kernels.on_tpu()
+        )
+        rows = ("batch", None, None)
+        arguments = (x, matrices, kept)
+        whole = ((None, None),) * 3
+        return tpu_kernels.over_mesh(
+            apply, arguments, (rows, whole, None if kept is None else rows), rows
+        )

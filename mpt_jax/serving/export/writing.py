@@ -88,7 +88,7 @@ def write(folder: Path, bank: Bank, backbone: Backbone, settings: Settings) -> d
         FileExistsError: the folder already exists.
     """
     check_new(folder)
-    config = dataclasses.replace(backbone.config, fused_attention=False)
+    config = dataclasses.replace(backbone.config, fused_attention=False, fused_mlp=False)
     length, vocabulary = settings.target_length, backbone.vocabulary
     model = Functions(config, bank.method, length, vocabulary, bank.lengths_differ)
     arguments = {"backbone": flat(backbone.params), "prompts": flat(bank.arrays)}
