@@ -169,3 +169,27 @@ def test_heads_join_and_part_round_trip(number, width, length):
     for part, kernel in zip(heads.part(x @ heads.join(kernels)), kernels, strict=True):
         apart = (x @ kernel).reshape(2, length, number, width).transpose(0, 2, 1, 3)
         np.testing.assert_allclose(part, apart, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, pytest.param({"scan_layers": True}, marks=pytest.mark.slow)], ids=str
+)
+def test_decode_with_fused_attention_matches_plain_operations(fields):
+    """The kernel needs no keys and values of the input, so they are not in the cache."""
+    x, mask, targets, _, _ = inputs(False)
+    plain = make(False, **fields)
+    params = jax.jit(plain.init)(jax.random.key(0), x, mask, targets)["params"]
+    expected = plain.apply({"params": params}, x, mask, targets, method="decode")
+
+    @jax.jit
+    def step(cache, new):
+        call = dict(decode=True, max_decode_length=TARGETS, mutable=["cache"], method="decode")
+        return make(True, **fields).apply({"params": params, **cache}, x, mask, new, **call)
+
+    _, cache = step({}, targets[:, :1])
+    assert not any("memory_" in name for name in flatten(cache))
+    found = []
+    for start, stop in ((0, 1), (1, 3), (3, 4), (4, 5)):
+        logits, cache = step(cache, targets[:, start:stop])
+        found.append(logits)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=2e-5)

@@ -22,7 +22,8 @@ class Attention(nn.Module):
 
     Unless `cache` is `'none'`, keys and values are stored in the `cache` collection. With `'self'`,
     the keys and values of new positions are written at `cache_index` into arrays `[B,N,M,D]`, which
-    have room for M positions. With `'cross'`, the keys and values of the memory are computed once.
+    have room for M positions. With `'cross'`, the keys and values of the memory are computed once,
+    unless the kernel is used, which needs neither (see `_over_memory`).
     The call that creates the cache does not read from it. The `cached_*` arrays differ between the
     hypotheses of an example; the `memory_*` arrays do not (see `decoding.py`).
     """
@@ -47,6 +48,7 @@ class Attention(nn.Module):
             if bias is not None and fused.self_attention_fits(x.shape[1]):
                 return self._out(self._self_attention(x, bias, segments))
             if bias is None and not self._drops and self._uses_encoder_output_directly(x, memory):
+                # Also in decoding: all layers then read the one output of the encoder.
                 return self._out(self._over_memory(x, memory, segments))
         query = self._heads("query", self._query_init)(x)
         compute = functools.partial(self._keys_and_values, memory)
@@ -95,21 +97,22 @@ class Attention(nn.Module):
     def _uses_kernels(self) -> bool:
         """Whether the kernels of `fused_attention` can be used for the call.
 
-        They must be enabled (by default, on TPUs only), the call must not use a cache or biases,
-        and the heads must split evenly over devices.
+        They must be enabled (by default, on TPUs only), the call must not use a cache of positions
+        or biases, and the heads must split evenly over devices.
         """
         cfg = self.config
         enabled = tpu_kernels.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
         return (
             enabled
-            and self.cache == "none"
+            and self.cache != "self"
             and not cfg.biases
             and cfg.num_heads % tpu_kernels.shards_of("heads") == 0
         )
 
     def _uses_encoder_output_directly(self, x: jax.Array, memory: jax.Array) -> bool:
         """Whether `_over_memory` fits in VMEM and takes fewer operations, forward and backward,
-        than computing keys and values. It does if targets are short."""
+        than computing keys and values. It does if targets, or the tokens of a decoding step, are
+        few."""
         cfg = self.config
         queries = cfg.num_heads // tpu_kernels.shards_of("heads") * x.shape[1]
         fits = fused.over_memory_fits(
