@@ -111,12 +111,13 @@ def _zero_shot(content: Content, like: Result) -> Result | None:
 
 
 def _backbones_differ(one: Result, other: Result) -> bool:
-    """Whether two results are of backbones with other names or sizes, as far as both record them.
-    A method that trains part of the model has slightly fewer frozen parameters."""
+    """Whether two results are of backbones with other names or, unless both record a name, other
+    sizes. Methods on the same backbone can have models of different sizes: prompts in CLIP's image
+    encoder need no text encoder, and a trained part of the model is not counted as frozen."""
+    if one.backbone and other.backbone:
+        return one.backbone != other.backbone
     sizes = analysis.model_size(one), analysis.model_size(other)
-    if all(sizes) and not math.isclose(*sizes, rel_tol=0.1):
-        return True
-    return bool(one.backbone and other.backbone) and one.backbone != other.backbone
+    return all(sizes) and not math.isclose(*sizes, rel_tol=0.1)
 
 
 def _for_seeds(old: Result, new: Result) -> Result:

@@ -128,13 +128,12 @@ def scores(model_dir: Path) -> list[Curve]:
     curves = [
         {step: scores[main_metric(scores)] for step, scores in by_step.items()}
         for by_step in evaluations(model_dir).values()
+        if by_step
     ]
     steps = sorted(set().union(*curves))
-    for curve in curves:
-        if curve:
-            last = max(curve)
-            curve.update({step: curve[last] for step in steps if step > last})
-    return curves
+    return [
+        curve | {step: curve[max(curve)] for step in steps if step > max(curve)} for curve in curves
+    ]
 
 
 def evaluations(model_dir: Path) -> dict[str, dict[int, dict[str, float]]]:
