@@ -52,7 +52,7 @@ def test_module_imports_only_packages_above_its_own(path: Path) -> None:
     name = place_of(path)
     imported = imported_places(path)
     if name == "__init__":
-        assert {package for package, _ in imported} == {"runtime"}, "start_quietly, nothing else"
+        assert {package for package, _ in imported} == {"runtime"}, "only runtime"
         return
     assert name in RANK, f"the package {name} has no rank: add it to this test's lists"
     below = [

@@ -543,10 +543,9 @@ def test_train_fleet_all_runs_failed_exports_best_steps(backbone, tmp_path, monk
         assert f"| trainable parameters | {count:,} |" in card
 
 
-@pytest.mark.slow
-def test_train_fleet_ended_runs_are_evaluated_once_more_and_keep_their_scores(
-    backbone, tmp_path, monkeypatch
-):
+@pytest.fixture
+def evaluations(monkeypatch):
+    """The step of each evaluation, the names of the tasks in it, and what all would have scored."""
     calls = []
 
     def evaluate(self, predict_fn, score_fn, step, task_names=None):
@@ -558,16 +557,26 @@ def test_train_fleet_ended_runs_are_evaluated_once_more_and_keep_their_scores(
 
     of_evaluator = InferenceEvaluator.evaluate
     monkeypatch.setattr(InferenceEvaluator, "evaluate", evaluate)
-    scores = run_fleet(backbone, tmp_path / "run", 8, scored=True, peaks=(0.03, 1e38, 0.03))
-    assert [(step, names) for step, names, _ in calls] == [
-        (2, list(TASKS)), (4, ["run_a", "run_c"]), (6, ["run_c"]), (8, ["run_c"]),
-    ]  # fmt: skip
-    assert scores == calls[-1][-1], "what all runs would have scored in the end"
+    return calls
 
 
 @pytest.mark.slow
-def test_train_fleet_patience_ends_runs_then_job(backbone, tmp_path):
+def test_train_fleet_ended_runs_are_evaluated_once_more_and_keep_their_scores(
+    backbone, tmp_path, evaluations
+):
+    scores = run_fleet(backbone, tmp_path / "run", 8, scored=True, peaks=(0.03, 1e38, 0.03))
+    assert [(step, names) for step, names, _ in evaluations] == [
+        (2, list(TASKS)), (4, ["run_a", "run_c"]), (6, ["run_c"]), (8, ["run_c"]),
+    ]  # fmt: skip
+    assert scores == evaluations[-1][-1], "what all runs would have scored in the end"
+
+
+@pytest.mark.slow
+def test_train_fleet_patience_ends_runs_then_job(backbone, tmp_path, evaluations):
     run_fleet(backbone, tmp_path / "run", patience=[2, 1, 1], totals=(9, 9, 9))
+    assert [(step, names) for step, names, _ in evaluations] == [
+        (2, list(TASKS)), (4, list(TASKS)), (6, ["run_a"]),
+    ]  # fmt: skip
     assert endings(tmp_path / "run") == {
         "run_a": ("finished", 6, 2), "run_b": ("finished", 4, 2), "run_c": ("finished", 4, 2),
     }  # fmt: skip

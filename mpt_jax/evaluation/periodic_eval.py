@@ -126,11 +126,9 @@ class PeriodicEvaluator:
         if self.inference:
             predict = functools.partial(self._predict, params)
             score = functools.partial(self._score, params)
-            kept = {name: self.scores[name] for name in self.scores if name in self._final}
-            names = [name for name in self.inference.task_names if name not in kept]
+            names = [name for name in self.inference.task_names if name not in self._final]
             found = self.inference.evaluate(predict, score, step, names) if names else {}
-            self.scores = kept | found
-            self._final = frozenset(self._ended_runs())
+            self.scores = self.scores | found
             for name, scalars in found.items():
                 logging.info(
                     "step %d  %s  %s",
@@ -141,6 +139,7 @@ class PeriodicEvaluator:
             stop |= self._act("INFER_EVAL", self.scores)
         if self.selecting is not None:
             self.trainer.stop_groups(self.selecting.over)
+        self._final = frozenset(self._ended_runs()) & self.scores.keys()
         return stop or not self.trainer.active.any()
 
     def _ended_runs(self) -> list[str]:

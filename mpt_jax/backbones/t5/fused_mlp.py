@@ -1,4 +1,4 @@
-"""Custom kernel for TPUs for T5 1.1's gated feed-forward block.
+"""Pallas kernel of T5 1.1's gated feed-forward block, for TPUs.
 
 `y = (act(x gate) * (x linear) * kept) out`, where the three matrices are T5X's `wi_0`, `wi_1` and
 `wo`, and `kept` is dropout. Plain operations write the two inner products, each `[B,T,F]`, to main
