@@ -6,11 +6,15 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Linux's names of bfloat16 instructions.
-BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
+# Starts of Linux's names of the instructions that decide how fast matrix products are.
+VECTOR_INSTRUCTIONS = ("amx", "avx", "bf16", "fma", "sve")
+PACKAGES = ("jax", "flax", "torch", "triton", "transformers", "peft", "nvidia-")  # by prefix
+L2_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def report(found: Mapping[str, Any], out: Path | None) -> None:
@@ -50,8 +54,8 @@ def _shown(cell: Any) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Returns the facts about this machine that matter for figures: processor, cores, and bfloat16
-    instructions."""
+    """Returns the facts about this machine that matter for figures: processor, cores, vector
+    instructions, L2 cache of a core, and which memory is in huge pages. Unknown facts are ''."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
@@ -59,5 +63,17 @@ def machine() -> dict[str, Any]:
     return {
         "processor": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "bfloat16_instructions": [name for name in BFLOAT16 if name in flags],
+        "vector_instructions": [name for name in flags if name.startswith(VECTOR_INSTRUCTIONS)],
+        "l2_of_a_core": _line_of(L2_SIZE),
+        "transparent_huge_pages": _line_of(HUGE_PAGES),
     }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the installed packages that figures depend on."""
+    found = {each.name.replace("_", "-"): each.version for each in metadata.distributions()}
+    return {name: found[name] for name in sorted(found) if name.startswith(PACKAGES)}
+
+
+def _line_of(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""

@@ -52,7 +52,6 @@ PEAKS = {
     "L40S": 362,
     "L4": 121,
 }
-PACKAGES = ("jax", "flax", "torch", "triton", "transformers", "peft", "nvidia-")  # by prefix
 JAX_DEVICES = """
 import json, jax
 print(json.dumps([device.device_kind for device in jax.devices()]))
@@ -202,7 +201,7 @@ def device_name(device: str, variables: Mapping[str, str]) -> str:
         ValueError: JAX's CUDA build is not installed, or JAX finds no GPU.
     """
     rehearse = "To test this script without a GPU, pass --device cpu."
-    if device == "gpu" and not any(name.startswith("jax-cuda") for name in versions()):
+    if device == "gpu" and not any(name.startswith("jax-cuda") for name in figures.versions()):
         raise ValueError(
             "JAX's CUDA build is not installed. Run `pip install 'mpt-jax[cuda]'`. " + rehearse
         )
@@ -233,12 +232,6 @@ def peak_tflops(name: str) -> float | None:
     """Returns the peak of a device in bfloat16, or None if it is not in `PEAKS`."""
     matches = (peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name))
     return next(matches, None)
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of the installed packages that figures depend on."""
-    found = {each.name.replace("_", "-"): each.version for each in metadata.distributions()}
-    return {name: found[name] for name in sorted(found) if name.startswith(PACKAGES)}
 
 
 # --- The record ----------------------------------------------------------------------------------
@@ -320,7 +313,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if peak is None:
         print(f"The peak of {name} is not known, so there is no MFU. Pass --peak-tflops.")
     record = read_record(args.out, {"kind": args.device, "name": name})
-    record |= {"peak_tflops": peak, "machine": figures.machine(), "versions": versions()}
+    record |= {"peak_tflops": peak, "machine": figures.machine(), "versions": figures.versions()}
     missing = why_no_peft(args.device, variables)
     for number, part in enumerate(selected, start=1):
         if record["parts"].get(part.name, {}).get("status") == "done":

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,13 +186,6 @@ def markdown(found: dict[str, dict[str, Any]], ratios: dict[str, float]) -> str:
     return "\n\n".join(tables)
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of the compared packages that are installed."""
-    installed = {each.name for each in metadata.distributions()}
-    names = ("jax", "flax", "torch", "transformers", "peft")
-    return {name: metadata.version(name) for name in names if name in installed}
-
-
 def parsed() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -229,7 +221,7 @@ def main() -> None:
         "settings": {name: value for name, value in vars(args).items() if name != "out"},
         "prompt_length": P,
         "machine": figures.machine(),
-        "versions": versions(),
+        "versions": figures.versions(),
         "results": [],
     }
     for size in args.batch_sizes:

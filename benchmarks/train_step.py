@@ -13,8 +13,6 @@ step, and before its model was built. Our trainer makes malloc keep freed memory
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +85,8 @@ def main() -> None:
         )
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}x")
-    machine = {"cores": os.cpu_count(), "machine": platform.processor() or platform.machine()}
-    record = {"repeats": args.repeats, **machine, "contestants": found, "ratios": ratios}
+    record = {"repeats": args.repeats, "versions": figures.versions(), **figures.machine()}
+    record |= {"contestants": found, "ratios": ratios}
     figures.report(record, args.out)
 
 

@@ -116,7 +116,7 @@ def test_gpu_without_a_gpu_says_what_to_do(monkeypatch, tmp_path, capsys):
         ("jax", "JAX's CUDA build is not installed. Run `pip install 'mpt-jax[cuda]'`. To test "),
         ("jax-cuda13-plugin", "JAX finds no GPU: No visible GPU devices. Run `nvidia-smi` to see "),
     ):
-        monkeypatch.setattr(gpu, "versions", lambda name=installed: {name: "1"})
+        monkeypatch.setattr(gpu.figures, "versions", lambda name=installed: {name: "1"})
         with pytest.raises(SystemExit, match="2"):
             gpu.main(["--out", str(tmp_path / "gpu.json")])
         assert capsys.readouterr().err.startswith(message)
@@ -126,7 +126,7 @@ def test_gpu_parts_of_peft_are_skipped_with_the_reason(monkeypatch, tmp_path, ca
     names = {gpu.JAX_DEVICES: ["NVIDIA H200"], gpu.TORCH_DEVICES: []}
     monkeypatch.setattr(gpu, "probe", lambda code, variables: names[code])
     monkeypatch.setattr(gpu.metadata, "version", lambda name: "2.13.0+cpu")
-    monkeypatch.setattr(gpu, "versions", lambda: {"jax-cuda13-plugin": "1"})
+    monkeypatch.setattr(gpu.figures, "versions", lambda: {"jax-cuda13-plugin": "1"})
     commands = []
 
     def run(part, limit, variables):
