@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
-from scipy import special, stats
+import scipy
 
 from mpt_jax.tasks import text_metrics
 
@@ -98,7 +98,7 @@ def roc_auc_score(labels: np.ndarray, scores: np.ndarray) -> float:
     negatives = len(labels) - positives
     if not positives or not negatives:
         _fail(f"The ROC curve is undefined, because every label is {labels[0]}. {_FIX_DATA}")
-    ranks = stats.rankdata(margins)[labels == 1]
+    ranks = scipy.stats.rankdata(margins)[labels == 1]
     return float((ranks.sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
@@ -152,7 +152,7 @@ def calibration_error(labels: np.ndarray, scores: np.ndarray, bins: int = BINS) 
     if not np.all(np.isfinite(best)):
         row = int(np.argmin(np.isfinite(best[:, 0])))
         _fail(f"The highest score of example {row} is {best[row, 0]}. {_FIX_SCORES}")
-    confidence = special.softmax(scores.astype(np.float64), axis=1).max(axis=1)
+    confidence = scipy.special.softmax(scores.astype(np.float64), axis=1).max(axis=1)
     bin_of = np.minimum(np.ceil(confidence * bins).astype(int), bins) - 1
     gaps = np.bincount(bin_of, weights=hits - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(labels))

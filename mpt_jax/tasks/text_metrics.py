@@ -21,9 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 from absl import logging
-from scipy import stats
-from sklearn import metrics as sklearn_metrics
 
 Metric = Callable[[Sequence[Any], Sequence[str]], dict[str, float]]
 
@@ -128,7 +127,15 @@ def accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, fl
     number = {gold: i for i, gold in enumerate(dict.fromkeys(golds))}
     predicted = [number.get(prediction.strip(), -1) for prediction in predictions]
     true = [number[gold] for gold in golds]
-    return {"accuracy": 100 * float(sklearn_metrics.accuracy_score(true, predicted))}
+    return {"accuracy": 100 * float(_sklearn_metrics().accuracy_score(true, predicted))}
+
+
+def _sklearn_metrics() -> Any:
+    """Returns scikit-learn's metrics. Their import takes half a second, which would delay the start
+    of training. SciPy imports its own modules at the first use."""
+    from sklearn import metrics
+
+    return metrics
 
 
 def invalid_rate(labels: Sequence[str]) -> Metric:
@@ -180,7 +187,7 @@ def f1_of_labels(
     """
     absent = sorted(set(scored) - set(true.tolist()) - set(said.tolist()))
     names = " or ".join(repr(labels[number]) for number in absent)
-    mean = sklearn_metrics.f1_score(
+    mean = _sklearn_metrics().f1_score(
         true, said, labels=list(scored), average="macro", zero_division=0
     )
     why = f"no target and no prediction is {names}" if absent else None
@@ -202,7 +209,7 @@ def matthews(labels: Sequence[str]) -> Metric:
     ) -> dict[str, float]:
         true, predicted = label_numbers(targets, predictions, labels)
         why = _constant(true, predicted, shown)
-        value = 0.0 if why else float(sklearn_metrics.matthews_corrcoef(true, predicted))
+        value = 0.0 if why else float(_sklearn_metrics().matthews_corrcoef(true, predicted))
         return marked({"matthews": 100 * value}, why)
 
     return matthews_correlation
@@ -227,8 +234,8 @@ def correlations(targets: Sequence[str], predictions: Sequence[str]) -> dict[str
     true = np.array([_gold_number(target) for target in targets])
     why = _constant(true, predicted)
     scores = {
-        "pearson": 0.0 if why else 100 * float(stats.pearsonr(true, predicted).statistic),
-        "spearman": 0.0 if why else 100 * float(stats.spearmanr(true, predicted).statistic),
+        "pearson": 0.0 if why else 100 * float(scipy.stats.pearsonr(true, predicted).statistic),
+        "spearman": 0.0 if why else 100 * float(scipy.stats.spearmanr(true, predicted).statistic),
     }
     invalid = 100 * float(np.mean([match is None for match in matches]))
     return {**marked(scores, why, "correlation"), "invalid": invalid}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fixtures.processes import ROOT
 
-PACKAGES = {"keras", "matplotlib.pyplot", "sklearn"}
+PACKAGES = {"keras", "matplotlib.pyplot", "scipy.stats", "sklearn"}
 PRINT = f"import sys; print(*(set('{' '.join(PACKAGES)}'.split()) & sys.modules.keys()))"
 
 
@@ -20,8 +20,9 @@ def loaded(code):
     return set(ended.stdout.split())
 
 
-def test_trainer_loads_neither_keras_nor_its_packages():
-    assert not loaded("import mpt_jax.train, tensorflow, tensorflow_text")
+def test_trainer_and_tasks_load_neither_keras_nor_packages_of_metrics():
+    code = "import mpt_jax.train, mpt_jax.tasks.toy, mpt_jax.tasks.toy_images"
+    assert not loaded(f"{code}, tensorflow, tensorflow_text")
 
 
 @pytest.mark.parametrize(

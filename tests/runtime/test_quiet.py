@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import glob
 import importlib.util
 import os
@@ -39,6 +40,27 @@ def test_without_notices_error_inside_restores_standard_error(capfd):
         raise ImportError
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "why\nafter\n"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_without_collection_keeps_garbage_until_later_and_restores_the_setting(enabled):
+    collected = []
+    record = lambda phase, info: collected.append(phase)  # noqa: E731
+    gc.callbacks.append(record)
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ImportError), quiet.without_collection():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == enabled
+        collected.clear()
+        with quiet.without_collection():
+            kept = [[] for _ in range(10 * gc.get_threshold()[0])]
+        assert not collected and gc.get_freeze_count() > len(kept)
+    finally:
+        gc.callbacks.remove(record)
+        gc.unfreeze()
+        gc.enable()
 
 
 @pytest.mark.skipif(
