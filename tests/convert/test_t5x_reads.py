@@ -21,6 +21,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def real_modules():
+    """Removes the fallback, which other tests of this process may have imported as `t5x`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.split(".")[0] == "t5x"]:
+            patch.delitem(sys.modules, name)
+        yield
+
+
 @pytest.mark.parametrize("write", [write_t5x, write_orbax])
 def test_write_t5x_checkpoint_is_restored_by_t5x(write, tmp_path):
     from t5x import checkpoints, partitioning, train_state
