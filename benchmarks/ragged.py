@@ -11,9 +11,10 @@ longest text, with examples in arrival order and sorted by length. Ours sorts an
 buckets, or packs by best fit into rows of once or twice the limits. All contestants have the same
 list of examples in a turn, in batches of --batch-sizes examples (packed: on average), and take
 turns. A source step has six tasks in its batches, a target step one. Everything is float32 unless
-a name says bfloat16. On a GPU everything is bfloat16, PEFT's model is compiled and its attention
-fused (benchmarks/fused_t5.py). benchmarks/gpu.py runs all sizes there, contestant by contestant. No
-GPU figure has been measured yet. PEFT needs the `parity` extra.
+a name says bfloat16; for this on a CPU, see docs/benchmarks-peft.md. On a GPU everything is
+bfloat16, PEFT's model is compiled and its attention fused (benchmarks/fused_t5.py).
+benchmarks/gpu.py runs all sizes there, contestant by contestant. No GPU figure has been measured
+yet. PEFT needs the `parity` extra.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ MAIN = (
 NARROW = (
     Contestant("PEFT", "unsorted", "bfloat16"),
     Contestant("PEFT", "sorted", "bfloat16"),
+    Contestant("MPT-JAX", "buckets", "bfloat16"),
+    Contestant("MPT-JAX", "packed_1x", "bfloat16"),
 )
 OTHERS = (
     Contestant("MPT-JAX", "packed_1x"),
@@ -72,7 +75,7 @@ OTHERS = (
 )
 ON_GPU = (
     *NARROW,
-    *(Contestant("MPT-JAX", kind, "bfloat16") for kind in ("buckets", "packed_1x", "packed_2x")),
+    Contestant("MPT-JAX", "packed_2x", "bfloat16"),
 )
 ALL = {contestant.name: contestant for contestant in (*MAIN, *NARROW, *OTHERS, *ON_GPU)}
 STAGES = {"source": len(ragged_mix.TASKS), "target": 1}  # rows of the bank

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.core.runs import Runs
-from mpt_jax.core.tree import flatten, label_tree, merge, split
+from mpt_jax.core.tree import flatten, label_tree, merge, split, unflatten
 from mpt_jax.models import decoding, encoder_decoder, losses, metrics
 from mpt_jax.models.losses import Distillation, Objective
 from mpt_jax.prompts import method_names
@@ -18,6 +18,7 @@ from mpt_jax.prompts.mpt import MPT
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.training.optimizers import STEP_COUNTER
 from mpt_jax.training.state import trainable_labels
+from mpt_jax.training.train_step import gradients
 from tests.fixtures import tiny
 from tests.fixtures.reference_decoding import cut, slow_beam
 
@@ -429,3 +430,22 @@ def test_t5x_loss_fn_microbatch_raises(mpt):
     model.expected_rows = 8
     with pytest.raises(ValueError, match="4 rows of a batch of 8.*num_microbatches"):
         model.loss_fn(mpt.params, tiny.arrays(mpt.batch), None)
+
+
+def test_bfloat16_loss_and_gradients_are_close_to_those_of_float32():
+    """At T5's initial values: within 0.1% and 10% (docs/benchmarks-peft.md)."""
+    batch, found = tiny.arrays(tiny.batch([0, 1, 2, 1])), {}
+    values = flatten(tiny.model().get_initial_variables(jax.random.key(0))["params"])
+    prompt = {name: leaf for name, leaf in values.items() if name.startswith("prompt/")}
+    for dtype in ("float32", "bfloat16"):
+        model = tiny.model(config=tiny.config(dtype=dtype))
+        backbone = {k: leaf.astype(dtype) for k, leaf in values.items() if k not in prompt}
+        step = jax.jit(functools.partial(gradients, model, dropout_rng=None))
+        grads, counted = step(unflatten(prompt), unflatten(backbone), batch)
+        sums = counted["term/cross_entropy"]
+        found[dtype] = flatten(grads), float(sums.sum[0] / sums.weight[0])
+    (expected, loss), (narrow, narrow_loss) = found["float32"], found["bfloat16"]
+    assert 0 < abs(narrow_loss - loss) < 1e-3 * loss
+    for name, leaf in expected.items():
+        gap = np.linalg.norm(narrow[name] - leaf)
+        assert 0 < gap < 0.1 * np.linalg.norm(leaf), name
