@@ -36,7 +36,7 @@ from mpt_jax.models.class_teachers import TEACHER, ClassTeachers, check_distilla
 from mpt_jax.models.class_texts import ClassTexts, TaskClasses
 from mpt_jax.models.model import FROZEN, Model, RowCost, axes_of
 from mpt_jax.models.prompt_insertion import NUMBERS
-from mpt_jax.prompts.base import row_axes
+from mpt_jax.prompts.base import NO_KERNELS, Kernels, row_axes
 from mpt_jax.prompts.row_ops import numbers_within_rows
 from mpt_jax.prompts.sites import IMAGE, TEXT, SiteContext, SitePrompts
 
@@ -188,7 +188,9 @@ class PromptedDualEncoder(ClassScores, ClassTeachers, ClassInterface, Model):
         )
         return variables["params"], variables["params_axes"]
 
-    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
+    def init_prompt(
+        self, key: Key, embedding: Float[Array, "V H"], kernels: Kernels = NO_KERNELS
+    ) -> dict[str, Any]:
         """Returns the method's initial parameters, given the text encoder's token embeddings."""
         config = self.module.config
         width, joint = config.image.emb_dim, config.joint_dim

@@ -22,7 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpt_jax.backbones.layer_updates import COLLECTION, by_layer
 from mpt_jax.backbones.t5.network import Transformer
+from mpt_jax.backbones.t5.scanned_params import layer_kernels
 from mpt_jax.core.batch import encoder_mask, is_packed
 from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Batch, Float, Key, Params
@@ -31,7 +33,7 @@ from mpt_jax.models import decoding, losses, metrics, prompt_insertion
 from mpt_jax.models.model import FROZEN, Model, RowCost, axes_of
 from mpt_jax.models.t5x_interface import T5XInterface
 from mpt_jax.models.token_losses import Head, token_values
-from mpt_jax.prompts.base import InitContext, PromptMethod, row_axes
+from mpt_jax.prompts.base import NO_KERNELS, BatchRows, InitContext, Kernels, PromptMethod, row_axes
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 
 BACKBONE = r"(token_embedder|encoder|decoder)/.*"
@@ -132,9 +134,16 @@ class PromptedEncoderDecoder(T5XInterface, Model):
 
     # --- Parameters ------------------------------------------------------------------------------
 
-    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
-        """Returns the method's initial parameters, given the backbone's token embeddings."""
-        return self.prompt.init(key, self.runs, InitContext(embedding, self.input_vocabulary))
+    def kernels(self, params: Params) -> Kernels:
+        """Returns the weights of all layers, by path without layer numbers."""
+        return layer_kernels(params)
+
+    def init_prompt(
+        self, key: Key, embedding: Float[Array, "V H"], kernels: Kernels = NO_KERNELS
+    ) -> dict[str, Any]:
+        """Returns the method's initial parameters; see `Model`."""
+        context = InitContext(embedding, self.input_vocabulary, kernels=kernels)
+        return self.prompt.init(key, self.runs, context)
 
     def init_backbone(self, key: Key) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns random backbone parameters and their logical axes, in T5X's format."""
@@ -183,14 +192,14 @@ class PromptedEncoderDecoder(T5XInterface, Model):
             teacher: whether to use the teachers' prompts instead of the student's.
             hidden: whether to return hidden states.
         """
-        backbone = self._backbone(params)
+        variables = self._variables(params, batch, teacher)
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
         key = dropout_rng if prompt_rng is None else prompt_rng
         key = None if key is None else jax.random.fold_in(key, 2)
         prompted = self._embed(params, batch, key, teacher)
         mask = encoder_mask(batch)
         encoded: Any = self.module.apply(
-            {"params": backbone},
+            variables,
             prompted.embeddings,
             mask,
             batch.get("encoder_segment_ids"),
@@ -201,7 +210,7 @@ class PromptedEncoderDecoder(T5XInterface, Model):
         )
         encoded, encoder_hidden = encoded if hidden else (encoded, ())
         decoded: Any = self.module.apply(
-            {"params": backbone},
+            variables,
             encoded,
             mask,
             batch["decoder_input_tokens"],
@@ -239,6 +248,17 @@ class PromptedEncoderDecoder(T5XInterface, Model):
         prompt = params.get("teacher" if teacher else "prompt", {})
         method = PromptTuning(self.prompt.prompt_length) if teacher else self.prompt
         return prompt_insertion.insert_prompts(method, prompt, self.runs, batch, embedded, key)
+
+    def _variables(self, params: Params, batch: Batch, teacher: bool = False) -> dict[str, Any]:
+        """Returns the variables of the backbone for a batch: its parameters, and the updates of its
+        layers. Teachers are prompts and have none."""
+        variables: dict[str, Any] = {"params": self._backbone(params)}
+        rows = BatchRows(batch["encoder_task_ids"], batch["decoder_task_ids"], is_packed(batch))
+        method, config = self.prompt, self.module.config
+        if not teacher and (found := method.layer_updates(params.get("prompt", {}), rows)):
+            depths = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+            variables[COLLECTION] = by_layer(found, depths, config.scan_layers)
+        return variables
 
     def _backbone(self, params: Params) -> Params:
         return {name: params[name] for name in params if name not in ("prompt", "teacher")}

@@ -20,7 +20,7 @@ from mpt_jax.core.shapes import Array, Batch, Float, Int, Key, Params
 from mpt_jax.core.tree import Rules, flatten, label_tree, unflatten
 from mpt_jax.models import losses, metrics
 from mpt_jax.models.objective import Objective
-from mpt_jax.prompts.base import PromptMethod
+from mpt_jax.prompts.base import NO_KERNELS, Kernels, PromptMethod
 
 FROZEN = "frozen"
 
@@ -141,6 +141,12 @@ class Model(abc.ABC):
         """Returns the token embeddings [V, H], which initializers read and whose digest is
         recorded."""
 
+    def kernels(self, params: Params) -> Kernels:
+        """Returns the weights of the backbone's layers that adapters can change; see
+        `InitContext.kernels`."""
+        del params
+        return NO_KERNELS
+
     # --- Parameters ------------------------------------------------------------------------------
 
     @property
@@ -177,15 +183,18 @@ class Model(abc.ABC):
         """Returns random backbone parameters and their logical axes, in T5X's format."""
 
     @abc.abstractmethod
-    def init_prompt(self, key: Key, embedding: Float[Array, "V H"]) -> dict[str, Any]:
-        """Returns the method's initial parameters, given the backbone's token embeddings."""
+    def init_prompt(
+        self, key: Key, embedding: Float[Array, "V H"], kernels: Kernels = NO_KERNELS
+    ) -> dict[str, Any]:
+        """Returns the method's initial parameters, given the backbone's token embeddings and the
+        `kernels` of the backbone, which only adapters read."""
 
     def initial_params(self, rng: Key) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns a random backbone with the method's initial parameters, and their logical axes,
         in T5X's format. A method without parameters has no `prompt` branch."""
         backbone_key, prompt_key = jax.random.split(rng)
         params, axes = self.init_backbone(backbone_key)
-        if prompt := self.init_prompt(prompt_key, self.embedding(params)):
+        if prompt := self.init_prompt(prompt_key, self.embedding(params), self.kernels(params)):
             params["prompt"] = prompt
             names = {f"{name}_axes": axes_of(self.prompt.axes[name]) for name in flatten(prompt)}
             axes["prompt"] = unflatten(names)

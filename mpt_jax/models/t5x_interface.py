@@ -158,16 +158,19 @@ class T5XInterface:
 
         The step function accepts any number of hypotheses per example.
         """
-        backbone = self._backbone(params)
+        variables = self._variables(params, batch)
         embeddings = self._embed(params, batch).embeddings
         mask = encoder_mask(batch)
-        encoded = self.module.apply({"params": backbone}, embeddings, mask, method="encode")
+        encoded = self.module.apply(variables, embeddings, mask, method="encode")
+        backbone, updates = variables.pop("params"), variables
+        layers_first = int(self.module.config.scan_layers)
 
         def run(tokens: Array, cache: Any) -> tuple[Array, Any]:
             hypotheses = tokens.shape[0] // mask.shape[0]
             memory, attended = decoding.repeat_for_decodes((encoded, mask), hypotheses)
+            own = decoding.repeat_for_decodes(updates, hypotheses, batch_axis=layers_first)
             logits, variables = self.module.apply(
-                {"params": backbone, **cache},
+                {"params": backbone, **own, **cache},
                 memory,
                 attended,
                 tokens,

@@ -1,6 +1,7 @@
 """Prompt methods. Importing this package registers every method that ships with MPT-JAX."""
 
 from mpt_jax.prompts import (
+    adapters,
     attempt,
     cocoop,
     heads,
@@ -18,6 +19,7 @@ from mpt_jax.prompts.crosspt import crosspt
 
 __all__ = [
     "PromptMethod",
+    "adapters",
     "attempt",
     "cocoop",
     "crosspt",

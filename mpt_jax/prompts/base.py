@@ -28,6 +28,12 @@ from mpt_jax.core.tree import Rules
 FLOAT32 = jax.lax.Precision.HIGHEST
 
 
+# The weights [in, out] of each layer, by path without layer numbers; none for a backbone that
+# adapters cannot change.
+Kernels = Mapping[str, Sequence[Any]]
+NO_KERNELS: Kernels = types.MappingProxyType({})
+
+
 @runtime_checkable
 class Vocabulary(Protocol):
     """The part of a SeqIO vocabulary that initializers need."""
@@ -45,11 +51,14 @@ class InitContext:
         embedding: [V, H] the backbone's token embeddings.
         vocabulary: turns words into ids; only the text and class-label initializers need it.
         parts: the number of equal parts of a prompt that start alike, such as one for each class.
+        kernels: the weights [in, out] of every layer that an adapter can change, as JAX or NumPy
+            arrays, by path without layer numbers.
     """
 
     embedding: Array
     vocabulary: Vocabulary | None = None
     parts: int = dataclasses.field(default=1, kw_only=True)
+    kernels: Kernels = dataclasses.field(default_factory=dict, kw_only=True)
 
 
 class PromptContext(NamedTuple):
@@ -74,6 +83,20 @@ class PromptContext(NamedTuple):
 NO_CONTEXT = PromptContext()
 
 
+class BatchRows(NamedTuple):
+    """The bank row of every position of a batch of texts.
+
+    Attributes:
+        encoder: [B, T].
+        decoder: [B, L].
+        packed: whether a row of the batch may hold examples of several bank rows.
+    """
+
+    encoder: Int[Array, "B T"]
+    decoder: Int[Array, "B L"]
+    packed: bool
+
+
 @runtime_checkable
 class PromptMethod(Protocol):
     """A prompt method. The object holds its configuration; parameters are passed to its methods.
@@ -90,6 +113,7 @@ class PromptMethod(Protocol):
             `'tasks'`.
         reads_text: whether a prompt depends on the text that follows it.
         reads_image: whether a prompt depends on the image that is classified.
+        adapts: whether the method changes layers of the backbone (`layer_updates`).
         is_random: whether prompts are composed with random draws in training.
         needs_artifact: whether training requires an initial artifact.
         depends_on_run_names: whether prompts depend on run names, not only on bank rows and
@@ -105,6 +129,7 @@ class PromptMethod(Protocol):
     axes: dict[str, tuple[str, ...]]
     reads_text: bool = False
     reads_image: bool = False
+    adapts: bool = False
     is_random: bool = False
     needs_artifact: bool = False
     depends_on_run_names: bool = False
@@ -189,6 +214,12 @@ class PromptMethod(Protocol):
             f"The method {self.name!r} does not mix prompts, so it has no mixture weights. Call "
             "`mixture` only if the method has `candidates`."
         )
+
+    def layer_updates(self, params: Params, rows: BatchRows) -> dict[str, Any]:
+        """Returns the updates of the backbone's layers (`backbones.layer_updates`) for a batch, by
+        path without layer numbers; axis 0 of every array is the layer. {} for prompts."""
+        del params, rows
+        return {}
 
     @property
     def parts(self) -> dict[str, PromptMethod]:
@@ -313,8 +344,15 @@ def _of_json(kind: Any) -> Any:
 
 def method_names() -> tuple[str, ...]:
     """Returns the names of all registered methods that compose one prompt, of a text or at a site
-    of an image model, sorted. Those that need an image are left out."""
-    return tuple(sorted(name for name, cls in _METHODS.items() if not cls.reads_image))  # type: ignore[attr-defined]
+    of an image model, sorted. Those that need an image, and adapters, are left out."""
+    classes: Any = _METHODS
+    return tuple(sorted(x for x, cls in classes.items() if not cls.reads_image and not cls.adapts))
+
+
+def adapter_names() -> tuple[str, ...]:
+    """Returns the names of all registered adapters, sorted."""
+    classes: Any = _METHODS
+    return tuple(sorted(name for name, cls in classes.items() if cls.adapts))
 
 
 def params_of_parts(

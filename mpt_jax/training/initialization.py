@@ -36,7 +36,7 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Key
 from mpt_jax.core.tree import flatten, match_exactly, unflatten
 from mpt_jax.models.model import FROZEN, Model
-from mpt_jax.prompts.base import PromptMethod
+from mpt_jax.prompts.base import Kernels, PromptMethod
 from mpt_jax.prompts.spot import Embeddings, NearestSource
 from mpt_jax.prompts.warm_start import StartFrom, check_own_prompts
 from mpt_jax.training import teachers
@@ -185,7 +185,9 @@ def initialize_params(
         model.comparable_digests(artifact.runs),
         () if evaluates_artifact else model.changeable_digests,
     )
-    initial = functools.partial(_initial_prompt, model, prompt_key, jnp.asarray(embedding))
+    initial = functools.partial(
+        _initial_prompt, model, prompt_key, jnp.asarray(embedding), model.kernels(params)
+    )
     if origins.artifact:
         artifact = _initial_artifact(origins.artifact, origins.artifact_command)
         if evaluates_artifact:
@@ -261,17 +263,17 @@ def _weights_digest(origins: Origins, backbone: dict[str, Any]) -> str | None:
     return None
 
 
-def _initial_prompt(model: Model, key: Key, embedding: Any) -> dict[str, Any]:
+def _initial_prompt(model: Model, key: Key, embedding: Any, kernels: Kernels) -> dict[str, Any]:
     """Returns the method's initial values.
 
     Frozen values are not saved in checkpoints. They are computed with a fixed key, so that a
     resumed job or an evaluation gets the same values.
     """
-    params = flatten(model.init_prompt(key, embedding))
+    params = flatten(model.init_prompt(key, embedding, kernels))
     labels = flatten(model.label_tree({"prompt": unflatten(params)}))
     frozen = [name for name in params if labels[f"prompt/{name}"] == FROZEN]
     if frozen:
-        fixed = flatten(model.init_prompt(jax.random.PRNGKey(0), embedding))
+        fixed = flatten(model.init_prompt(jax.random.PRNGKey(0), embedding, kernels))
         params |= {name: fixed[name] for name in frozen}
     return unflatten(params)
 

@@ -67,6 +67,7 @@ METHODS = [name for name in FILES if name.startswith("gin/methods/") and name no
 BACKBONE_METHODS = [
     f"gin/methods/{name}.gin" for name in ("full_finetuning", "layer_norms", "bitfit")
 ]
+ADAPTERS = [f"gin/methods/{name}.gin" for name in ("lora", "dora")]
 ABLATIONS = [name for name in FILES if name.startswith("gin/ablations/")]
 # Other source tasks; tests/tasks/test_mixtures.py.
 SOURCES = ["gin/runs/source_tasks_12.gin"]
@@ -107,8 +108,8 @@ def test_pretrain_tiny_gin_trains_all_parameters():
 @pytest.mark.parametrize("name", METHODS)
 def test_method_gin_replaces_method_of_stage(name):
     """On the toy suite, for speed; sizes are tested above."""
-    prompts = name not in BACKBONE_METHODS
-    stage = "gin/pt_target.gin" if prompts else "gin/full_finetuning.gin"
+    prompts = name not in (*BACKBONE_METHODS, *ADAPTERS)
+    stage = "gin/full_finetuning.gin" if name in BACKBONE_METHODS else "gin/pt_target.gin"
     parse([stage, name, "gin/tiny.gin"])
     model = value("MODEL")
     assert trained(model) > 0
@@ -116,7 +117,7 @@ def test_method_gin_replaces_method_of_stage(name):
     # The optimizer has a learning rate for every trainable label.
     labels = set(flatten(model.label_tree(shapes_of(model))).values()) - {"frozen", "clock"}
     assert labels == set(model.optimizer_def.learning_rates)
-    # A learning rate for prompts would be too high for a backbone.
+    # A learning rate for prompts would be too high for weights.
     assert (value("LEARNING_RATE") > 0.01) == prompts
 
 
@@ -255,11 +256,13 @@ def test_gin_file_is_short_and_documented(name):
         ("gin/attempt_target.gin", 231_936),
         # Three sources, a private prompt, an MLP for each, a router and the counter of steps.
         ("gin/crosspt_target.gin", 4 * (76_800 + 1_181_184) + 3 + 1),
+        ("gin/lora_target.gin", 884_736),
         ("gin/full_finetuning.gin", 222_903_552),
     ],
 )
 def test_stage_gin_full_scale_has_expected_trainable_counts(name, numbers):
-    parse([name], [VOCABULARY, *(SHALLOW if name != "gin/full_finetuning.gin" else [])])
+    whole = name in ("gin/full_finetuning.gin", "gin/lora_target.gin")
+    parse([name], [VOCABULARY, *([] if whole else SHALLOW)])
     assert trained(value("MODEL")) == numbers
 
 

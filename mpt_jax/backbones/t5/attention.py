@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mpt_jax.backbones.layer_updates import is_updated
 from mpt_jax.backbones.t5 import fused_attention as fused
 from mpt_jax.backbones.t5 import layers, tpu_kernels
 from mpt_jax.backbones.t5.config import T5Config
@@ -97,8 +98,8 @@ class Attention(nn.Module):
     def _uses_kernels(self) -> bool:
         """Whether the kernels of `fused_attention` can be used for the call.
 
-        They must be enabled (by default, on TPUs only), the call must not use a cache of positions
-        or biases, and the heads must split evenly over devices.
+        They must be enabled (by default, on TPUs only), the call must not use a cache of positions,
+        biases or updates, and the heads must split evenly over devices.
         """
         cfg = self.config
         enabled = tpu_kernels.on_tpu() if cfg.fused_attention is None else cfg.fused_attention
@@ -106,6 +107,7 @@ class Attention(nn.Module):
             enabled
             and self.cache != "self"
             and not cfg.biases
+            and not is_updated(self)
             and cfg.num_heads % tpu_kernels.shards_of("heads") == 0
         )
 

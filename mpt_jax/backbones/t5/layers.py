@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.partitioning import param_with_axes, with_sharding_constraint
 
+from mpt_jax.backbones.layer_updates import is_updated, updated
 from mpt_jax.backbones.t5 import fused_mlp, tpu_kernels
 from mpt_jax.backbones.t5.activations import activated
 from mpt_jax.backbones.t5.config import T5Config
@@ -51,7 +52,7 @@ class Dense(nn.Module):
                 "bias", nn.initializers.zeros, (self.features,), jnp.float32, axes=self.axes[1:]
             )
             y = y + over_rows(jnp.asarray(bias, dtype), y)
-        return y
+        return updated(self, x, kernel, y)
 
 
 class Kernel(nn.Module):
@@ -94,7 +95,7 @@ class LayerNorm(nn.Module):
                 "bias", nn.initializers.zeros, shape, jnp.float32, axes=("embed",)
             )
             y = y + over_rows(jnp.asarray(bias, dtype), y)
-        return y
+        return updated(self, x, scale, y)
 
 
 class Embed(nn.Module):
@@ -260,7 +261,7 @@ class Mlp(nn.Module):
         """Whether the kernel of `fused_mlp` can be used for rows of this length.
 
         It must be enabled (by default, on TPUs that it makes faster), the block must be gated and
-        without biases, and every device must have the whole weights.
+        without biases and updates, and every device must have the whole weights.
         """
         cfg = self.config
         faster = tpu_kernels.on_tpu(fused_mlp.BOUND_BY_MEMORY)
@@ -269,6 +270,7 @@ class Mlp(nn.Module):
             enabled
             and len(cfg.mlp_activations) == 2
             and not cfg.biases
+            and not is_updated(self)
             and tpu_kernels.shards_of("mlp") == 1
             and fused_mlp.fits(length, cfg.emb_dim, cfg.mlp_dim, jnp.dtype(cfg.dtype).itemsize)
         )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.partitioning import ScanIn, scan_with_axes
 
+from mpt_jax.backbones import layer_updates
 from mpt_jax.backbones.t5 import layers
 from mpt_jax.backbones.t5.attention import Attention
 from mpt_jax.backbones.t5.config import T5Config
@@ -140,7 +141,7 @@ def run_layers(
     broadcast: Any = (nn.broadcast,) * len(others)
     scanned = scan_with_axes(
         layer,
-        variable_axes={"params": axis, "cache": 0},
+        variable_axes={"params": axis, "cache": 0, layer_updates.COLLECTION: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=broadcast,
         length=count,

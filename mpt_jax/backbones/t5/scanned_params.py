@@ -80,8 +80,8 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten(leaves)
 
 
-def layers_of_leaf(name: str, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the unscanned name and the values of each layer of a leaf, as views. A leaf that does
+def layers_of_leaf(name: str, leaf: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the unscanned name and the values of each layer of a leaf. A leaf that does
     not hold stacked layers is yielded unchanged."""
     if (match := _STACKED.fullmatch(name)) is None:
         yield name, leaf
@@ -89,6 +89,22 @@ def layers_of_leaf(name: str, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarra
     stack, rest = match.groups()
     for i in range(leaf.shape[LAYER_AXIS]):
         yield f"{stack}/layers_{i}/{rest}", leaf[:, i]
+
+
+def layer_kernels(params: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Returns the weights [in, out] of every layer, by path without the number of the layer
+    (`encoder/attention/query`), in the order of layers."""
+    found: dict[str, dict[int, Any]] = {}
+    for name, leaf in flatten(params).items():
+        if not name.endswith("/kernel"):
+            continue
+        for of_layer, kernel in layers_of_leaf(name, leaf):
+            if match := _LAYER.fullmatch(of_layer):
+                stack, number, rest = match.groups()
+                found.setdefault(f"{stack}/{rest.removesuffix('/kernel')}", {})[int(number)] = (
+                    kernel
+                )
+    return {path: [kernels[i] for i in sorted(kernels)] for path, kernels in found.items()}
 
 
 def _numpy_of(x: Any) -> Any:

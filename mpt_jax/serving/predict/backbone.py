@@ -16,13 +16,17 @@ from etils import epath
 from mpt_jax.artifacts import artifacts
 from mpt_jax.artifacts.backbone_digest import backbone_config, backbone_digest
 from mpt_jax.backbones.t5 import T5Config
+from mpt_jax.backbones.t5.scanned_params import layer_kernels
 from mpt_jax.batching import tokenizers
 from mpt_jax.batching.tokenizers import Tokenizer
 from mpt_jax.convert import backbones
 from mpt_jax.core import schema
+from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Params
+from mpt_jax.core.tree import flatten, match_exactly
+from mpt_jax.prompts.base import InitContext
 from mpt_jax.runtime import paths
-from mpt_jax.serving.prompt_bank import Bank, compose
+from mpt_jax.serving.prompt_bank import PROMPT, Bank, compose
 
 # The backbone and vocabulary of the toy suite (gin/tiny.gin).
 SHIPPED = ("tiny_t5/checkpoint_10000", "toy.model", 16)
@@ -100,7 +104,10 @@ def load(  # noqa: PLR0913 - each is an option of the command
             "Only the backbone's embedding was checked against the prompts, since the digest of "
             "all weights is switched off (--no-backbone-digest)."
         )
-    _check_width(bank, embedding.shape[1])
+    if bank.method.adapts:
+        _check_adapter(bank, params)
+    else:
+        _check_width(bank, embedding.shape[1])
     tokenizer = _vocabulary(vocabulary, path, shipped, extra_ids)
     vocabulary_sha256 = artifacts.vocabulary_digest(tokenizer)
     bank.check_vocabulary(vocabulary_sha256)
@@ -124,6 +131,21 @@ def _check_width(bank: Bank, width: int) -> None:
         shape = jax.eval_shape(functools.partial(compose, bank.method), bank.arrays, rows, pooled)
         if shape.shape[-1] != width:
             raise ValueError(f"their width is {shape.shape[-1]}")
+
+
+def _check_adapter(bank: Bank, params: Params) -> None:
+    """Raises ValueError if the bank's adapters do not fit the layers of the backbone."""
+    embedding, kernels = params["token_embedder"]["embedding"], layer_kernels(params)
+    init = lambda key: bank.method.init(key, Runs(["any"]), InitContext(embedding, kernels=kernels))  # noqa: E731
+    expected = flatten(jax.eval_shape(init, jax.random.key(0)))
+    found = flatten(bank.arrays[PROMPT])
+    match_exactly(
+        {name: leaf.shape[1:] for name, leaf in expected.items()},
+        {name: leaf.shape[1:] for name, leaf in found.items()},
+        "The adapter of each run",
+        standard="the layers of the backbone",
+        advice=artifacts.COPY_AGAIN,
+    )
 
 
 def _vocabulary(

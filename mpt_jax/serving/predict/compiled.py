@@ -16,9 +16,11 @@ from mpt_jax.core.runs import Runs
 from mpt_jax.core.shapes import Array, Float, Int, Params
 from mpt_jax.models import prompt_insertion
 from mpt_jax.models.encoder_decoder import PromptedEncoderDecoder
-from mpt_jax.prompts.base import PromptMethod
+from mpt_jax.prompts.base import BatchRows, PromptMethod
 from mpt_jax.prompts.prompt_tuning import PromptTuning
 from mpt_jax.serving import prompt_bank
+
+ADAPTER = "adapter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,9 @@ class Functions:
         prompt of example i."""
         return PromptedEncoderDecoder(
             Transformer(self.config),
-            _Composed(self.method.prompt_length, lengths_differ=self.lengths_differ),
+            _Composed(
+                self.method.prompt_length, lengths_differ=self.lengths_differ, of=self.method
+            ),
             Runs(["served"]),
             output_vocabulary=self.vocabulary,
         )
@@ -92,7 +96,8 @@ class Functions:
                 embedded, tokens > 0, jnp.zeros_like(tokens), 1
             )[:, 0]
         table = prompt_bank.compose(self.method, arrays, rows, pooled)
-        return {**backbone, "prompt": {"table": table}}
+        own = prompt_bank.rows_of(self.method, arrays, rows) if self.method.adapts else {}
+        return {**backbone, "prompt": {"table": table, ADAPTER: own}}
 
     def _batch(
         self, arrays: Params, tokens: Array, targets: Array, rows: Array
@@ -127,9 +132,15 @@ class Functions:
 
 @dataclasses.dataclass(frozen=True)
 class _Composed(PromptTuning):
-    """Prompts that are already composed: one bank row for each example of a batch."""
+    """Prompts that are already composed, and parameters of adapters that are already selected: one
+    bank row for each example of a batch."""
 
     lengths_differ: bool = False
+    of: PromptMethod | None = None
 
     def has_variable_lengths(self, runs: Runs) -> bool:
         return self.lengths_differ
+
+    def layer_updates(self, params: Params, rows: BatchRows) -> dict[str, Any]:
+        assert self.of is not None
+        return self.of.layer_updates(params[ADAPTER], rows)
