@@ -8,7 +8,7 @@ A [in, R] is uniform in +-1 / sqrt(in) and B [R, out] zero at the start, and m [
 gradient passes through the norm (equation 11 of DoRA).
 
 A packed row holds examples of several bank rows. It is multiplied with the factors of all K rows,
-of which each position keeps those of its own. This takes K R columns, at most `MAX_COLUMNS`.
+of which each position keeps those of its run. This takes K R columns, at most `MAX_COLUMNS`.
 """
 
 from __future__ import annotations
