@@ -14,7 +14,7 @@ COMMANDS = {
     "eval": "score a checkpoint or an artifact: --gin_file=gin/eval.gin ...",
     "infer": "write predictions: --gin_file=gin/infer.gin ...",
     "predict": "answer requests that each name a task: --prompts DIR... --input file.jsonl",
-    "export": "save predict and score as files that need only JAX: --prompts DIR... --out FOLDER",
+    "export": "save predict and score for use without MPT-JAX: --prompts DIR... --out FOLDER",
     "tasks": "list all tasks, or show NAME -n 3: their text as the model reads it",
     "demo": "train teachers, source stage and new tasks of the toy suite; --full for all of it",
     "paper": "run a table of the MPT paper or of ours, on the paper's tasks or the toy suite",

@@ -35,7 +35,7 @@ from etils import epath
 
 import mpt_jax
 from mpt_jax.config import binding_types, command_help, gin_check, gin_errors, trainer_choice
-from mpt_jax.runtime import devices, distributed, paths, storage_check
+from mpt_jax.runtime import devices, distributed, paths, preemption, storage_check
 
 PACKAGE = Path(mpt_jax.__file__).parent
 OURS = (PACKAGE, paths.SHIPPED.parent)  # this library and its task suites
@@ -260,6 +260,9 @@ def _main(argv: Sequence[str], function: Callable[..., Any], overriding: Sequenc
         overrides = {name: value for name, value in overrides.items() if value is not None}
         run = configured(function, **overrides)
         run()
+    except KeyboardInterrupt:  # training loops save and return instead
+        logging.error("Stopped by Ctrl-C. The same command continues from the last save, if any.")
+        sys.exit(preemption.INTERRUPT_EXIT_CODE)
     except Exception as error:
         if not _is_for_the_user(error):
             raise

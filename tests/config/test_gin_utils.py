@@ -593,3 +593,16 @@ def test_command_missing_data_prints_one_line(tmp_path):
     folders = [f"--gin.ROOT='{tmp_path}'", f"--tfds_data_dir={tmp_path}"]
     message = command(*files, *bindings, *folders)
     assert "super_glue/record, version 1.0.2, is not in" in message and "tfds build" in message
+
+
+def test_ctrl_c_before_training_ends_with_a_sentence():
+    code = """
+import signal
+from mpt_jax.config import gin_utils
+gin_utils.devices.check = lambda: signal.raise_signal(signal.SIGINT)
+gin_utils.run_main(print)
+"""
+    ended = run_python("-c", code, check=False)
+    assert ended.returncode == 130 and "Traceback" not in ended.stderr
+    sentence = "Stopped by Ctrl-C. The same command continues from the last save, if any."
+    assert ended.stderr.splitlines()[-1].endswith(sentence)

@@ -147,7 +147,7 @@ def _readme(config: dict[str, Any], weights: bool) -> str:
     return f"""# {title} of {tasks} tasks, exported by MPT-JAX
 
 StableHLO of {"two functions" if lanes else "one function"} for {", ".join(config["platforms"])}, as
-`jax.export` writes it. It needs only JAX and safetensors, not MPT-JAX.
+`jax.export` writes it. It needs only JAX, flatbuffers and safetensors, not MPT-JAX.
 
 | file | what |
 |---|---|

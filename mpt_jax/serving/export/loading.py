@@ -1,4 +1,4 @@
-"""Loader of exported folders. Needs only JAX, NumPy and safetensors."""
+"""Loader of exported folders. Needs only JAX, flatbuffers, NumPy and safetensors."""
 
 from __future__ import annotations
 

@@ -174,7 +174,8 @@ def readme(config: dict[str, Any], weights: bool) -> str:
     return f"""# A T5 with prompts of {tasks} tasks, exported by MPT-JAX
 
 StableHLO of two functions for {", ".join(config["platforms"])}, as `jax.export` writes it. They
-need only JAX and safetensors, not MPT-JAX. Attention uses plain operations on every platform.
+need only JAX, flatbuffers and safetensors, not MPT-JAX. Attention uses plain operations on every
+platform.
 
 | file | what |
 |---|---|
