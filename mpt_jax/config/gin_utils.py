@@ -261,7 +261,7 @@ def _main(argv: Sequence[str], function: Callable[..., Any], overriding: Sequenc
         run = configured(function, **overrides)
         run()
     except KeyboardInterrupt:  # training loops save and return instead
-        logging.error("Stopped by Ctrl-C. The same command continues from the last save, if any.")
+        logging.info("Stopped by Ctrl-C. The same command continues from the last save, if any.")
         sys.exit(preemption.INTERRUPT_EXIT_CODE)
     except Exception as error:
         if not _is_for_the_user(error):

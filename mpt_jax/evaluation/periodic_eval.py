@@ -139,7 +139,7 @@ class PeriodicEvaluator:
             stop |= self._act("INFER_EVAL", self.scores)
         if self.selecting is not None:
             self.trainer.stop_groups(self.selecting.over)
-        self._final = frozenset(self._ended_runs()) & self.scores.keys()
+        self._final = frozenset(self._ended_runs())
         return stop or not self.trainer.active.any()
 
     def _ended_runs(self) -> list[str]:
