@@ -371,10 +371,26 @@ def _check_params(
     for part, own in method.parts.items():
         prefix = f"{part}/" if part else ""
         named = {k.removeprefix(prefix): v for k, v in leaves.items() if k.startswith(prefix)}
-        _check_composes(path, own, runs, named)
+        (_check_ranks if own.adapts else _check_composes)(path, own, runs, named)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in leaves.items()}
     with schema.damage(f"{path / TENSORS} does not match the settings in {CONFIG}", COPY_AGAIN):
         jax.eval_shape(lambda params: method.separated(params, runs)[1], unflatten(shapes))
+
+
+def _check_ranks(
+    path: epath.Path, method: Any, runs: Runs, leaves: Mapping[str, np.ndarray]
+) -> None:
+    """Raises ValueError if the factors of an adapter have another rank than its settings. The other
+    sizes are those of a backbone, and are compared with it."""
+    del runs
+    for name, leaf in leaves.items():
+        axes = method.axes[name]
+        if "rank" in axes and leaf.shape[axes.index("rank")] != method.rank:
+            raise ValueError(
+                f"{path / TENSORS} does not match the settings of {method.name!r} in {CONFIG}: "
+                f"{name} has rank {leaf.shape[axes.index('rank')]}, but the settings give "
+                f"{method.rank}. {COPY_AGAIN}"
+            )
 
 
 def _check_composes(

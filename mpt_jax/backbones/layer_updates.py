@@ -28,7 +28,7 @@ class LayerUpdate(Protocol):
 
         Args:
             x: the input [B, positions, in].
-            kernel: the frozen weights [in, out]; the scale [in] of a layer norm.
+            kernel: the frozen weights [in, out].
             y: the output [B, positions, out] without the update.
         """
         ...

@@ -192,7 +192,8 @@ class PromptedEncoderDecoder(T5XInterface, Model):
             teacher: whether to use the teachers' prompts instead of the student's.
             hidden: whether to return hidden states.
         """
-        variables = self._variables(params, batch, teacher)
+        updates = {} if teacher else self._updates(params, batch)  # teachers are prompts
+        variables = {"params": self._backbone(params), **updates}
         rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
         key = dropout_rng if prompt_rng is None else prompt_rng
         key = None if key is None else jax.random.fold_in(key, 2)
@@ -249,16 +250,14 @@ class PromptedEncoderDecoder(T5XInterface, Model):
         method = PromptTuning(self.prompt.prompt_length) if teacher else self.prompt
         return prompt_insertion.insert_prompts(method, prompt, self.runs, batch, embedded, key)
 
-    def _variables(self, params: Params, batch: Batch, teacher: bool = False) -> dict[str, Any]:
-        """Returns the variables of the backbone for a batch: its parameters, and the updates of its
-        layers. Teachers are prompts and have none."""
-        variables: dict[str, Any] = {"params": self._backbone(params)}
+    def _updates(self, params: Params, batch: Batch) -> dict[str, Any]:
+        """Returns the collection with the updates of the backbone's layers for a batch; {} for a
+        method without any."""
         rows = BatchRows(batch["encoder_task_ids"], batch["decoder_task_ids"], is_packed(batch))
-        method, config = self.prompt, self.module.config
-        if not teacher and (found := method.layer_updates(params.get("prompt", {}), rows)):
-            depths = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
-            variables[COLLECTION] = by_layer(found, depths, config.scan_layers)
-        return variables
+        found = self.prompt.layer_updates(params.get("prompt", {}), rows)
+        config = self.module.config
+        depths = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}
+        return {COLLECTION: by_layer(found, depths, config.scan_layers)} if found else {}
 
     def _backbone(self, params: Params) -> Params:
         return {name: params[name] for name in params if name not in ("prompt", "teacher")}

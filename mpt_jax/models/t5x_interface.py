@@ -158,11 +158,12 @@ class T5XInterface:
 
         The step function accepts any number of hypotheses per example.
         """
-        variables = self._variables(params, batch)
+        backbone, updates = self._backbone(params), self._updates(params, batch)
         embeddings = self._embed(params, batch).embeddings
         mask = encoder_mask(batch)
-        encoded = self.module.apply(variables, embeddings, mask, method="encode")
-        backbone, updates = variables.pop("params"), variables
+        encoded = self.module.apply(
+            {"params": backbone, **updates}, embeddings, mask, method="encode"
+        )
         layers_first = int(self.module.config.scan_layers)
 
         def run(tokens: Array, cache: Any) -> tuple[Array, Any]:

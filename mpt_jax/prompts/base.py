@@ -349,12 +349,6 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(x for x, cls in classes.items() if not cls.reads_image and not cls.adapts))
 
 
-def adapter_names() -> tuple[str, ...]:
-    """Returns the names of all registered adapters, sorted."""
-    classes: Any = _METHODS
-    return tuple(sorted(name for name, cls in classes.items() if cls.adapts))
-
-
 def params_of_parts(
     method: PromptMethod, params: Params, runs: Runs
 ) -> dict[str, tuple[PromptMethod, Params]]:

@@ -107,13 +107,10 @@ def compose(
     return method.compose(arrays[PROMPT], known, rows, PromptContext(pooled))
 
 
-def rows_of(method: PromptMethod, arrays: Params, rows: Int[Array, " B"]) -> Params:
+def params_of_rows(arrays: Params, rows: Int[Array, " B"]) -> Params:
     """Returns the parameters of an adapter for some rows of a bank, as those of a bank with one row
     for each of them; for use in a compiled function."""
-    axes = row_axes(method)
-    leaves = {f"{PROMPT}/{name}": leaf for name, leaf in flatten(arrays[PROMPT]).items()}
-    own = {name: leaf[rows] if axes[name] == "tasks" else leaf for name, leaf in leaves.items()}
-    return unflatten(own)[PROMPT]
+    return jax.tree.map(lambda leaf: leaf[rows], arrays[PROMPT])
 
 
 class Bank:

@@ -211,6 +211,7 @@ def test_packed_columns_up_to_the_limit_are_computed(rank, runs):
         ({"rank": 0}, "The rank of 'lora' is 0"),
         ({"alpha": 0.0}, "its alpha 0.0"),
         ({"alpha": float("nan")}, "its alpha nan"),
+        ({"alpha": float("inf")}, "its alpha inf"),
     ],
 )
 def test_lora_settings_out_of_range_raise(settings, message):

@@ -88,16 +88,14 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = self.config.dtype
         shape = (x.shape[-1],)
-        scale = jnp.asarray(
-            param_with_axes("scale", nn.initializers.ones, shape, jnp.float32, axes=("embed",))
-        )
-        y = rms_norm(x, scale, self.epsilon, dtype)
+        scale = param_with_axes("scale", nn.initializers.ones, shape, jnp.float32, axes=("embed",))
+        y = rms_norm(x, jnp.asarray(scale), self.epsilon, dtype)
         if self.config.biases:
             bias = param_with_axes(
                 "bias", nn.initializers.zeros, shape, jnp.float32, axes=("embed",)
             )
             y = y + over_rows(jnp.asarray(bias, dtype), y)
-        return updated(self, x, scale, y)
+        return y
 
 
 class Embed(nn.Module):

@@ -14,7 +14,9 @@ Target modules have the names that Hugging Face's T5 and PEFT use:
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +52,7 @@ KERNEL_AXES = {
 OVER_ENCODER = tuple(f"decoder/encoder_decoder_attention/{name}" for name in ("key", "value"))
 
 
-def rows_of(layer: str, rows: BatchRows) -> Int[Array, "B positions"]:
+def input_rows(layer: str, rows: BatchRows) -> Int[Array, "B positions"]:
     """Returns the bank row of every input position of a layer."""
     reads_encoder = layer.startswith("encoder/") or layer in OVER_ENCODER
     return rows.encoder if reads_encoder else rows.decoder
@@ -106,6 +108,7 @@ class Adapter(PromptMethod):
 
     # --- Defined by each adapter -----------------------------------------------------------------
 
+    @abc.abstractmethod
     def init_layer(self, key: Key, kernels: Sequence[Any]) -> dict[str, Float[Array, "layers ..."]]:
         """Returns the initial parameters of a run for one kind of layer.
 
@@ -113,11 +116,9 @@ class Adapter(PromptMethod):
             key: the random key of the run and the kind of layer.
             kernels: the frozen weights of each layer of the stack.
         """
-        raise NotImplementedError
 
-    def update_layer(
-        self, params: dict[str, Array], rows: Int[Array, "B positions"], packed: bool
-    ) -> Any:
+    @abc.abstractmethod
+    def update_layer(self, params: Params, rows: Int[Array, "B positions"], packed: bool) -> Any:
         """Returns the update of one kind of layer, with the layers on axis 0 of every array.
 
         Args:
@@ -125,7 +126,6 @@ class Adapter(PromptMethod):
             rows: the bank row of every input position.
             packed: whether positions of a row may differ in their bank row.
         """
-        raise NotImplementedError
 
     # --- Of the protocol -------------------------------------------------------------------------
 
@@ -154,17 +154,8 @@ class Adapter(PromptMethod):
         return jnp.zeros((*task_ids.shape, 0, 0), jnp.float32)
 
     def layer_updates(self, params: Params, rows: BatchRows) -> dict[str, Any]:
-        leaves = flatten(params)
         return {
-            layer: self.update_layer(
-                {
-                    name.removeprefix(f"{layer}/"): leaf
-                    for name, leaf in leaves.items()
-                    if name.startswith(f"{layer}/")
-                },
-                rows_of(layer, rows),
-                rows.packed,
-            )
+            layer: self.update_layer(_at(params, layer), input_rows(layer, rows), rows.packed)
             for layer in self.layers
         }
 
@@ -186,3 +177,8 @@ class Adapter(PromptMethod):
                 )
         means = {name: weighted_mean(weights, leaf) for name, leaf in flatten(source).items()}
         return unflatten(means)
+
+
+def _at(params: Params, path: str) -> Params:
+    """Returns the subtree at a path."""
+    return functools.reduce(lambda tree, name: tree[name], path.split("/"), params)

@@ -91,7 +91,8 @@ class LoRA(Adapter):
         rank_stabilized: whether s is alpha / sqrt(R) (rsLoRA) instead of alpha / R.
 
     Raises:
-        ValueError: see `Adapter`; or the rank is less than 1, or alpha is not positive.
+        ValueError: see `Adapter`; or the rank is less than 1, or alpha is not positive and
+            finite.
     """
 
     target_modules: Sequence[str] = ("q", "v")
@@ -103,10 +104,11 @@ class LoRA(Adapter):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.rank < 1 or not self.alpha > 0:
+        if self.rank < 1 or not 0 < self.alpha < math.inf:
             raise ValueError(
                 f"The rank of {self.name!r} is {self.rank} and its alpha {self.alpha}, but the "
-                "rank must be at least 1 and alpha positive. Correct LORA_RANK or LORA_ALPHA."
+                "rank must be at least 1, and alpha positive and finite. Correct LORA_RANK or "
+                "LORA_ALPHA."
             )
 
     @property

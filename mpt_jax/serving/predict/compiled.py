@@ -78,7 +78,7 @@ class Functions:
         return PromptedEncoderDecoder(
             Transformer(self.config),
             _Composed(
-                self.method.prompt_length, lengths_differ=self.lengths_differ, of=self.method
+                self.method.prompt_length, lengths_differ=self.lengths_differ, method=self.method
             ),
             Runs(["served"]),
             output_vocabulary=self.vocabulary,
@@ -96,7 +96,7 @@ class Functions:
                 embedded, tokens > 0, jnp.zeros_like(tokens), 1
             )[:, 0]
         table = prompt_bank.compose(self.method, arrays, rows, pooled)
-        own = prompt_bank.rows_of(self.method, arrays, rows) if self.method.adapts else {}
+        own = prompt_bank.params_of_rows(arrays, rows) if self.method.adapts else {}
         return {**backbone, "prompt": {"table": table, ADAPTER: own}}
 
     def _batch(
@@ -136,11 +136,11 @@ class _Composed(PromptTuning):
     bank row for each example of a batch."""
 
     lengths_differ: bool = False
-    of: PromptMethod | None = None
+    method: PromptMethod | None = None
 
     def has_variable_lengths(self, runs: Runs) -> bool:
         return self.lengths_differ
 
     def layer_updates(self, params: Params, rows: BatchRows) -> dict[str, Any]:
-        assert self.of is not None
-        return self.of.layer_updates(params[ADAPTER], rows)
+        assert self.method is not None
+        return self.method.layer_updates(params[ADAPTER], rows)
