@@ -599,6 +599,7 @@ def test_ctrl_c_before_training_ends_with_a_sentence():
     code = """
 import signal
 from mpt_jax.config import gin_utils
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 gin_utils.devices.check = lambda: signal.raise_signal(signal.SIGINT)
 gin_utils.run_main(print)
 """
